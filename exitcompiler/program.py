@@ -1,0 +1,110 @@
+"""The program: a control-flow graph whose bodies are straight-line FX graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from exitcompiler.controlflow import (
+    BATCH,
+    BlockInterface,
+    Branch,
+    ConstantGate,
+    ControlFlow,
+    Edge,
+    Gate,
+    Jump,
+    LinearGate,
+    Return,
+    Successor,
+    Terminator,
+    ValueSpec,
+    successors,
+)
+
+__all__ = [
+    "BATCH",
+    "Block",
+    "BlockInterface",
+    "Branch",
+    "ConstantGate",
+    "Edge",
+    "Gate",
+    "Jump",
+    "LinearGate",
+    "Program",
+    "Return",
+    "Successor",
+    "Terminator",
+    "ValueSpec",
+    "spec_of",
+    "successors",
+    "torch_dtype",
+]
+
+
+@dataclass(frozen=True)
+class Block(BlockInterface):
+    """A basic block: an interface and the body that computes its results from its params.
+
+    Args:
+        body: One placeholder per param, named like it and in the same order; its output node is a
+            tuple with one node per result, in order. Straight-line, functional (no in-place
+            operators), reads nothing but its placeholders and its own parameters, and holds no
+            symbolic size from elsewhere.
+    """
+
+    body: fx.GraphModule
+
+    def run(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The results for given params (all rows of a batch at once)."""
+        outputs = self.body(*(values[name] for name in self.params))
+        return dict(zip(self.results, outputs, strict=True))
+
+
+@dataclass(frozen=True)
+class Program(ControlFlow):
+    """A whole program: inputs, outputs, and blocks with bodies in topological order."""
+
+    blocks: tuple[Block, ...]
+
+    @property
+    def entry(self) -> Block:
+        """The block where every row starts."""
+        return self.blocks[0]
+
+    def block(self, name: str) -> Block:
+        """The block called ``name``.
+
+        Raises:
+            KeyError: There is none.
+        """
+        block = super().block(name)
+        assert isinstance(block, Block)
+        return block
+
+    def __str__(self) -> str:
+        from exitcompiler.printer import print_program
+
+        return print_program(self)
+
+
+def spec_of(tensor: torch.Tensor, *, rows: bool = True) -> ValueSpec:
+    """The type of a sample tensor.
+
+    Args:
+        tensor: A sample; with ``rows`` its dim 0 is the batch, whatever its size.
+        rows: Whether the value belongs to rows.
+    """
+    shape: tuple[int | str, ...] = tuple(int(size) for size in tensor.shape)
+    return ValueSpec((BATCH, *shape[1:]) if rows else shape, str(tensor.dtype).removeprefix("torch."))
+
+
+def torch_dtype(spec: ValueSpec) -> torch.dtype:
+    """The torch dtype of a value."""
+    dtype = getattr(torch, spec.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,1 @@
+"""What runs a compiled program: needs numpy and one backend, never torch (the torch backend apart)."""
