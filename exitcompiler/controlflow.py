@@ -9,8 +9,8 @@ one definition.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 from exitcompiler.errors import VerifyError
@@ -36,6 +36,7 @@ __all__ = [
     "Terminator",
     "ValueSpec",
     "engine_signature",
+    "map_successors",
     "successors",
     "verify_control_flow",
 ]
@@ -167,6 +168,14 @@ def successors(terminator: Terminator) -> tuple[Successor, ...]:
             return (edge,)
         case Branch(_, edges):
             return edges
+
+
+def map_successors(terminator: Terminator, change: Callable[[Successor], Successor]) -> Terminator:
+    """The terminator with every way out replaced by what ``change`` makes of it."""
+    if isinstance(terminator, Branch):
+        return replace(terminator, edges=tuple(change(way) for way in terminator.edges))
+    way = change(terminator.edge if isinstance(terminator, Jump) else terminator)
+    return way if isinstance(way, Return) else Jump(way)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -85,6 +85,10 @@ class Program(ControlFlow):
         block = super().block(name)
         assert isinstance(block, Block)
         return block
+
+    def with_blocks(self, changed: Mapping[str, Block]) -> Program:
+        """This program with some blocks replaced, by name."""
+        return replace(self, blocks=tuple(changed.get(block.name, block) for block in self.blocks))
 
     def __str__(self) -> str:
         from exitcompiler.printer import print_program

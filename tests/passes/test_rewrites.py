@@ -1,0 +1,235 @@
+"""The rewriting passes: what matches, what is left alone, and that no row's answer changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from exitcompiler.passes.base import Pass, PassResult
+from exitcompiler.passes.eliminate_dead_code import EliminateDeadCode, eliminate_dead_code
+from exitcompiler.passes.insert_exits import ExitHead, InsertExits, insert_exits
+from exitcompiler.passes.merge_blocks import MergeBlocks, merge_blocks
+from exitcompiler.passes.pipeline import Pipeline, dump_to
+from exitcompiler.passes.prune_constant_gates import PruneConstantGates, prune_constant_gates
+from exitcompiler.passes.set_gates import ExitSetting, SetGates, set_gates
+from hypothesis import given
+from programs import ROW, aten, build_body, diamond, exit_chain, programs, row_block, row_program, rows
+
+from exitcompiler.availability import pass_along
+from exitcompiler.controlflow import Branch, ConstantGate, Edge, Jump, LinearGate, Return, ValueSpec
+from exitcompiler.errors import PassError, VerifyError
+from exitcompiler.interpreter import interpret
+from exitcompiler.printer import print_program
+from exitcompiler.program import Program
+from exitcompiler.verify import verify
+
+CLEAN_UP = Pipeline((PruneConstantGates(), EliminateDeadCode(), MergeBlocks()), fixpoint=True)
+
+
+def assert_same_answers(before: Program, after: Program, *, same_exits: bool = True) -> None:
+    inputs = rows(6, before)
+    old, new = interpret(before, inputs), interpret(after, inputs)
+    assert torch.equal(old.outputs["y"], new.outputs["y"])
+    if same_exits:
+        names = [before.exits[i] for i in old.exit_index], [after.exits[i] for i in new.exit_index]
+        assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("step", [PruneConstantGates(), EliminateDeadCode(), MergeBlocks(), CLEAN_UP])
+@given(program=programs())
+def test_every_pass_keeps_answers_and_exits_and_is_idempotent(step: Pass, program: Program) -> None:
+    result = step(program)
+    verify(result.program)
+    assert result.modified == (result.program is not program)
+    assert_same_answers(program, result.program)
+    assert not step(result.program).modified
+
+
+@given(programs())
+def test_after_clean_up_no_branch_is_constant_and_no_jump_has_a_private_target(program: Program) -> None:
+    clean = CLEAN_UP(program).program
+    for block in clean.blocks:
+        assert not (isinstance(block.terminator, Branch) and isinstance(block.terminator.gate, ConstantGate))
+        if isinstance(block.terminator, Jump):
+            target = block.terminator.edge.target
+            assert sum(w.target == target for b in clean.blocks for w in _edges(b.terminator)) > 1
+
+
+def _edges(terminator: object) -> list[Edge]:
+    match terminator:
+        case Jump(edge):
+            return [edge]
+        case Branch(_, ways):
+            return [way for way in ways if isinstance(way, Edge)]
+    return []
+
+
+@pytest.mark.parametrize(("action", "text"), [
+    (0, 'first(x: float32[batch, 3]) -> (early: float32[batch, 3]):\n    1 tanh, 1 neg\n    return "first" (early)'),
+    (1, 'second(x: float32[batch, 3]) -> (late: float32[batch, 3]):\n'
+        '    1 tanh, 1 mul.Tensor\n    return "backbone" (late)'),
+])  # fmt: skip
+def test_a_constant_gate_takes_its_exit_or_the_rest_with_it(action: int, text: str) -> None:
+    program = exit_chain(leave=ConstantGate(action, 2))
+    header = "program (x: float32[batch, 3]) -> (y: float32[batch, 3])\n"
+    assert str(CLEAN_UP(program).program) == header + text
+
+
+def test_a_linear_gate_with_equal_rows_is_constant() -> None:
+    gate = LinearGate(("h",), ((1.0, 2.0, 3.0), (1.0, 2.0, 3.0)), (0.0, 0.5))
+    assert prune_constant_gates(exit_chain(leave=gate)).exits == ("backbone",)
+
+
+def test_prune_leaves_a_real_gate_alone() -> None:
+    program = exit_chain()
+    assert prune_constant_gates(program) is program
+
+
+def test_prune_folds_a_diamond_without_losing_the_join() -> None:
+    program = diamond()
+    head = program.entry
+    assert isinstance(head.terminator, Branch)
+    skip = replace(head, terminator=replace(head.terminator, gate=ConstantGate(0, 2)))
+    pruned = CLEAN_UP(program.with_blocks({"head": skip})).program
+    assert [block.name for block in pruned.blocks] == ["join"]
+
+
+def test_dead_values_go_across_block_borders() -> None:
+    unused = row_block("a", ["x"], [("h", aten.tanh.default, ("x",)), ("u", aten.neg.default, ("x",))], ["h", "u"],
+                       Jump(Edge("b", ("h", "u", "x"))))  # fmt: skip
+    user = row_block("b", ["k", "d", "z"], [("y", aten.relu.default, ("k",))], ["y"], Return(("y",), "end"))
+    smaller = eliminate_dead_code(row_program(unused, user))
+    assert print_program(smaller, bodies=True).splitlines()[1:] == [
+        "a(x: float32[batch, 3]) -> (h: float32[batch, 3]):",
+        "    h = tanh(x)",
+        "    jump b(h)",
+        "b(k: float32[batch, 3]) -> (y: float32[batch, 3]):",
+        "    y = relu(k)",
+        '    return "end" (y)',
+    ]
+
+
+def test_a_score_that_a_later_gate_reads_stays_alive() -> None:
+    program = exit_chain(leave=ConstantGate(1, 2))
+    late = program.block("second")
+    gate = LinearGate(("early",), ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0)), (0.0, 0.0))
+    program = pass_along(program, "early", "first", "second")
+    late = program.block("second")
+    branch = Branch(gate, (Return(("late",), "backbone"), Return(("h",), "other")))
+    program = program.with_blocks({"second": replace(late, terminator=branch)})
+    clean = CLEAN_UP(program).program
+    assert "early" in clean.entry.results
+    assert_same_answers(program, clean)
+
+
+def test_merge_renames_what_would_clash() -> None:
+    first = row_block("a", ["x"], [("y", aten.tanh.default, ("x",))], ["y"], Jump(Edge("b", ("x", "y"))))
+    second = row_block("b", ["y", "x"], [("z", aten.sub.Tensor, ("y", "x"))], ["z"], Return(("z",), "end"))
+    program = row_program(first, second)
+    merged = merge_blocks(program)
+    verify(merged)
+    assert len(merged.blocks) == 1
+    assert_same_answers(program, merged)
+
+
+def test_merge_leaves_joins_alone() -> None:
+    program = diamond()
+    assert merge_blocks(program) is program
+
+
+SCORE = ValueSpec(("batch", 3), "float32")
+
+
+def _head(exit_name: str, name: str) -> ExitHead:
+    body = build_body({"h": ROW}, [(name, aten.relu.default, ("h",))], [name])
+    return ExitHead(exit_name, body, {name: SCORE}, (name,))
+
+
+def _chain() -> Program:
+    return row_program(
+        row_block("first", ["x"], [("h", aten.tanh.default, ("x",))], ["h"], Jump(Edge("second", ("h",)))),
+        row_block("second", ["h"], [("y", aten.neg.default, ("h",))], ["y"], Return(("y",), "backbone")),
+    )
+
+
+def test_inserted_exits_change_nothing_and_can_be_pruned_away_again() -> None:
+    program = _chain()
+    inserted = insert_exits(program, {"first": [_head("e/a", "a"), _head("e/b", "b")]})
+    verify(inserted)
+    assert inserted.exits == ("e/a", "e/b", "backbone")
+    assert_same_answers(program, inserted)
+    restored = Pipeline((PruneConstantGates(), EliminateDeadCode()))(inserted).program
+    assert print_program(restored, bodies=True) == print_program(program, bodies=True)
+
+
+def test_insert_exits_needs_a_block_that_jumps() -> None:
+    with pytest.raises(PassError, match="ends in a jump"):
+        insert_exits(_chain(), {"second": [_head("e", "a")]})
+    with pytest.raises(PassError, match=r"no block 'third'[\s\S]*first, second"):
+        insert_exits(_chain(), {"third": [_head("e", "a")]})
+    assert not InsertExits({})(_chain()).modified
+
+
+def test_set_gates_picks_the_head_and_hands_along_what_the_gate_reads() -> None:
+    program = insert_exits(_chain(), {"first": [_head("e/a", "a"), _head("e/b", "b")]})
+    gate = LinearGate(("b",), ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0)), (-0.25, 0.0))
+    changed = SetGates({"e": ExitSetting(gate, keep="e/b")})(program).program
+    verify(changed)
+    assert changed.exits == ("e", "backbone")
+    x = torch.tensor([[2.0, 0, 0], [-2.0, 0, 0]])
+    assert interpret(changed, {"x": x}).exit_index.tolist() == [0, 1]
+    assert "a" not in eliminate_dead_code(changed).entry.results
+
+
+def test_set_gates_refuses_what_does_not_exist() -> None:
+    program = insert_exits(_chain(), {"first": [_head("e", "a")]})
+    with pytest.raises(PassError, match="no branch leads to exit 'f'"):
+        set_gates(program, {"f": ExitSetting(ConstantGate(0, 2), keep="f")})
+    gate = LinearGate(("q",), ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0)), (0.0, 0.0))
+    with pytest.raises(PassError, match="reads 'q', which no block makes"):
+        set_gates(program, {"e": ExitSetting(gate, keep="e")})
+
+
+def test_pass_along_needs_dominance() -> None:
+    with pytest.raises(PassError, match="does not reach block 'join' on every way in"):
+        pass_along(diamond(), "b", "layer", "join")
+    along = pass_along(diamond(), "x", "head", "join")
+    verify(along)
+    assert "x" in along.block("layer").params
+    assert_same_answers(diamond(), along)
+
+
+class _Liar:
+    name = "liar"
+
+    def __call__(self, program: Program) -> PassResult:
+        return PassResult(program, modified=True)
+
+
+class _Breaker:
+    name = "breaker"
+
+    def __call__(self, program: Program) -> PassResult:
+        return PassResult(replace(program, blocks=program.blocks[:1]), modified=True)
+
+
+def test_pipeline_verifies_after_each_pass_and_names_the_culprit() -> None:
+    with pytest.raises(VerifyError, match="liar"):
+        Pipeline((_Liar(),))(exit_chain())
+    with pytest.raises(VerifyError, match="after pass 'breaker', block 'first'"):
+        Pipeline((_Breaker(),))(exit_chain())
+
+
+def test_pipeline_dumps_before_and_after(tmp_path: Path) -> None:
+    program = exit_chain(leave=ConstantGate(1, 2))
+    Pipeline((PruneConstantGates(), EliminateDeadCode()), observers=(dump_to(tmp_path),))(program)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "000-prune-constant-gates.after.txt",
+        "000-prune-constant-gates.before.txt",
+        "001-eliminate-dead-code.after.txt",
+        "001-eliminate-dead-code.before.txt",
+    ]
+    assert "always 1" in (tmp_path / names[1]).read_text()
