@@ -31,6 +31,7 @@ __all__ = [
     "Gate",
     "Jump",
     "LinearGate",
+    "OutputStructure",
     "Return",
     "Successor",
     "Terminator",
@@ -382,3 +383,16 @@ def engine_signature(block: BlockInterface) -> EngineSignature:
         inputs[GATE_BIAS] = ValueSpec((gate.actions,), "float32")
         outputs[ACTION] = ValueSpec((BATCH,), "int32")
     return EngineSignature(inputs, outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputStructure:
+    """How the model hands over its logits, so that the program hands them over the same way.
+
+    Args:
+        kind: "tensor", "dict" or "tuple"; a dict or tuple holds the logits alone.
+        key: The model's key of the logits in a dict; None otherwise.
+    """
+
+    kind: str
+    key: str | None = None

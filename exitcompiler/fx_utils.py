@@ -254,12 +254,12 @@ def compose_bodies(
         first: Its placeholders become those of the result, all of them, in order.
         second: The body that goes on.
         bindings: Param of ``second`` -> name of a node of ``first`` (a result, or a param passed through).
-        outputs: Names of the results, in order. A name is looked up among the nodes that ``second``
-            computes, then among its params, then among the nodes of ``first``. Results keep these names;
-            other nodes are renamed where two would clash.
+        outputs: Names of the results, in order: of nodes that ``second`` computes, else of nodes of
+            ``first``. Results keep these names; other nodes are renamed where two would clash.
 
     Raises:
-        PassError: A param of ``second`` is not bound, or a name is none of a node.
+        PassError: A param of ``second`` is not bound, a name is none of a node, or a result would be
+            called like a param.
     """
     first_nodes, second_nodes = nodes_by_name(first), nodes_by_name(second)
     params = [node for node in second_nodes.values() if node.op == "placeholder"]
@@ -267,30 +267,26 @@ def compose_bodies(
     if unbound:
         raise PassError(f"params {unbound} of the second body are not bound")
     _require_names(first_nodes, [bindings[node.name] for node in params])
-    aliases = {node: first_nodes[bindings[node.name]] for node in params}
-    wanted: dict[fx.Node, str] = {}
-    for name in outputs:
-        node = second_nodes.get(name)
-        node = first_nodes.get(name) if node is None else aliases.get(node, node)
-        if node is None:
-            raise PassError(f"neither body has a value {name!r}")
-        # A placeholder keeps its own name; a node of the first body may be known by two names.
-        if node.op != "placeholder":
-            wanted.setdefault(node, name)
-    builder = BodyBuilder(reserved=wanted.values())
-    values: dict[fx.Node, fx.Node] = {}
-    for node in first_nodes.values():
+    computed = {name: node for name, node in second_nodes.items() if node.op != "placeholder"}
+    unknown = [name for name in outputs if name not in computed and name not in first_nodes]
+    if unknown:
+        raise PassError(f"neither body computes {unknown}")
+    builder = BodyBuilder(reserved=outputs)
+    from_first: dict[fx.Node, fx.Node] = {}
+    for name, node in first_nodes.items():
         if node.op == "placeholder":
-            values[node] = builder.placeholder(node.name, node)
+            from_first[node] = builder.placeholder(name, node)
         else:
-            values[node] = builder.copy(node, values, first, name=wanted.get(node))
-    for node in second_nodes.values():
-        if node.op == "placeholder":
-            values[node] = values[aliases[node]]
-        else:
-            values[node] = builder.copy(node, values, second, name=wanted.get(node))
-    found = [second_nodes[name] if name in second_nodes else first_nodes[name] for name in outputs]
-    return builder.finish([values[node] for node in found])
+            kept = name if name in outputs and name not in computed else None
+            from_first[node] = builder.copy(node, from_first, first, name=kept)
+    from_second = {node: from_first[first_nodes[bindings[node.name]]] for node in params}
+    for name, node in computed.items():
+        kept = name if name in outputs else None
+        from_second[node] = builder.copy(node, from_second, second, name=kept)
+    results = [
+        from_second[computed[name]] if name in computed else from_first[first_nodes[name]] for name in outputs
+    ]
+    return builder.finish(results)
 
 
 def _require_names(nodes: Mapping[str, fx.Node], names: Iterable[str]) -> None:

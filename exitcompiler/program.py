@@ -32,6 +32,7 @@ __all__ = [
     "Branch",
     "ConstantGate",
     "Edge",
+    "ExitHead",
     "Gate",
     "Jump",
     "LinearGate",
@@ -94,6 +95,24 @@ class Program(ControlFlow):
         from exitcompiler.printer import print_program
 
         return print_program(self)
+
+
+@dataclass(frozen=True)
+class ExitHead:
+    """A head's graph, ready to be attached.
+
+    Args:
+        exit: Name of the exit, unique in the program.
+        body: Placeholders are named like the block's values that the head reads; results are named
+            as they shall be called in the program.
+        results: Name -> type, in the body's order.
+        answer: The results that bind the program's outputs, in order.
+    """
+
+    exit: str
+    body: fx.GraphModule
+    results: Mapping[str, ValueSpec]
+    answer: tuple[str, ...]
 
 
 def spec_of(tensor: torch.Tensor, *, rows: bool = True) -> ValueSpec:

@@ -7,32 +7,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from exitcompiler.passes.base import PassResult
-from torch import fx
-
-from exitcompiler.controlflow import Branch, ConstantGate, Jump, Return, ValueSpec
+from exitcompiler.controlflow import Branch, ConstantGate, Jump, Return
 from exitcompiler.errors import PassError
 from exitcompiler.fx_utils import compose_bodies
-from exitcompiler.program import Block, Program
+from exitcompiler.program import Block, ExitHead, Program
 
-__all__ = ["ExitHead", "InsertExits", "insert_exits"]
-
-
-@dataclass(frozen=True)
-class ExitHead:
-    """A head's graph, ready to be attached.
-
-    Args:
-        exit: Name of the exit, unique in the program.
-        body: Placeholders are named like the block's values that the head reads; results are named
-            as they shall be called in the program.
-        results: Name -> type, in the body's order.
-        answer: The results that bind the program's outputs, in order.
-    """
-
-    exit: str
-    body: fx.GraphModule
-    results: Mapping[str, ValueSpec]
-    answer: tuple[str, ...]
+__all__ = ["InsertExits", "insert_exits"]
 
 
 def insert_exits(program: Program, heads: Mapping[str, Sequence[ExitHead]]) -> Program:

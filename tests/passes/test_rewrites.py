@@ -9,7 +9,7 @@ import pytest
 import torch
 from exitcompiler.passes.base import Pass, PassResult
 from exitcompiler.passes.eliminate_dead_code import EliminateDeadCode, eliminate_dead_code
-from exitcompiler.passes.insert_exits import ExitHead, InsertExits, insert_exits
+from exitcompiler.passes.insert_exits import InsertExits, insert_exits
 from exitcompiler.passes.merge_blocks import MergeBlocks, merge_blocks
 from exitcompiler.passes.pipeline import Pipeline, dump_to
 from exitcompiler.passes.prune_constant_gates import PruneConstantGates, prune_constant_gates
@@ -22,7 +22,7 @@ from exitcompiler.controlflow import Branch, ConstantGate, Edge, Jump, LinearGat
 from exitcompiler.errors import PassError, VerifyError
 from exitcompiler.interpreter import interpret
 from exitcompiler.printer import print_program
-from exitcompiler.program import Program
+from exitcompiler.program import ExitHead, Program
 from exitcompiler.verify import verify
 
 CLEAN_UP = Pipeline((PruneConstantGates(), EliminateDeadCode(), MergeBlocks()), fixpoint=True)

@@ -1,0 +1,84 @@
+# Everything that a fresh clone needs: Python >= 3.11 and make. The first target to run sets up .venv.
+#
+#   make demo       train a small network, compile it, show what its exits save (out/demo/)
+#   make test       lint, types, and every test that is not slow
+#   make test-all   the slow tests too
+#   make bench      the CIFAR-10 benchmark: make bench DATA=folder WEIGHTS=folder
+#   make format     rewrite the code as `make lint` wants it
+#   make clean      remove what was built; `make distclean` also removes .venv
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCE_LIST := $(VENV)/.source-list
+REFRESHED := $(VENV)/.refreshed
+EDITABLE := --config-settings editable_mode=strict
+SOURCES := $(sort $(wildcard exitcompiler/*.py exitcompiler/py.typed exitcompiler/templates/* passes/*.py runtime/*.py))
+
+DATA ?=
+WEIGHTS ?=
+BENCH_ARGS ?=
+
+.PHONY: help setup demo test test-all lint types format bench clean distclean force
+
+help:
+	@sed -n '3,8s/^#  *//p' Makefile
+
+setup: $(REFRESHED)
+
+# Once, and again when the dependencies change. torch goes first and alone: whatever else asks for it
+# then finds the pinned one.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "exitcompiler needs Python >= 3.11: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q setuptools wheel -c constraints.txt
+	$(BIN)/python -m pip install -q torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install -q -e '.[cpu,report,dev]' -c constraints.txt $(EDITABLE)
+	touch $@
+
+# A strict editable install links each file, so it has to be renewed when one is added or removed.
+$(SOURCE_LIST): force | $(INSTALLED)
+	@printf '%s\n' $(SOURCES) | cmp -s - $@ || printf '%s\n' $(SOURCES) > $@
+
+$(REFRESHED): $(INSTALLED) $(SOURCE_LIST)
+	$(BIN)/python -m pip install -q -e . --no-deps --no-build-isolation $(EDITABLE)
+	@touch $@
+
+demo: setup
+	$(BIN)/exitcompiler demo
+
+test: lint types
+	$(BIN)/pytest -q -m "not slow and not gpu"
+
+test-all: lint types
+	$(BIN)/pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Not from the root: there the folders passes/ and runtime/ hide the installed packages.
+types: setup
+	cd docs && ../$(BIN)/mypy --config-file ../pyproject.toml -p exitcompiler
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench DATA=folder WEIGHTS=folder"; exit 2; }
+	$(BIN)/python benchmarks/cifar10.py --data "$(DATA)" --weights "$(WEIGHTS)" $(BENCH_ARGS)
+
+clean:
+	rm -rf build dist out *.egg-info .mypy_cache docs/.mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f $(SOURCE_LIST) $(REFRESHED)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

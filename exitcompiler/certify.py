@@ -1,0 +1,199 @@
+"""What is checked before a compiled program is handed over: parity, certificate, paired speed-up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from exitcompiler.controlflow import Branch, Edge, Jump, Return
+from exitcompiler.data import Rows
+from exitcompiler.errors import InputError, LoweringError
+from exitcompiler.program import Block, Program
+from exitcompiler.runtime.backends import Array
+from exitcompiler.runtime.compiled import CompiledModel
+from exitcompiler.runtime.timing import measure_interleaved
+from exitcompiler.scores import FloatArray
+from exitcompiler.statistics import (
+    clopper_pearson_upper,
+    mean_difference_interval,
+    ratio_interval,
+    rows_for_bound,
+)
+
+__all__ = ["TOLERANCE", "Certified", "certify", "check_parity", "measure_speedup"]
+
+TOLERANCE: Final = {"fp32": 1e-4, "bf16": 0.15}
+"""Largest difference between a backend's outputs and torch's float32, relative to the largest output
+where that is above 1."""
+
+CONFIDENCE: Final = 0.95
+PARITY_ROWS: Final = 16
+
+Certified = dict[str, Any]
+
+
+def check_parity(compiled: CompiledModel, program: Program, rows: Rows, precision: str) -> float:
+    """Send rows to each exit in turn and compare the outputs with torch's.
+
+    Args:
+        compiled: The lowered program.
+        program: The same with its bodies.
+        rows: Real rows.
+        precision: Says how much difference is tolerated.
+
+    Returns:
+        The largest absolute difference, relative to the largest output where that is above 1.
+
+    Raises:
+        LoweringError: A difference is above the tolerance; names the exit.
+    """
+    part = rows.take(slice(0, PARITY_ROWS))
+    arrays = {name: tensor.numpy() for name, tensor in part.inputs.items()}
+    worst = 0.0
+    for exit_name in program.exits:
+        expected = run_to_exit(program, exit_name, part.inputs).numpy()
+        forced = compiled.forced(exit_name)
+        together = first_output(forced(arrays))
+        alone = first_output(forced({name: array[:1] for name, array in arrays.items()}))
+        scale = max(1.0, float(np.abs(expected).max()))
+        difference = max(float(np.abs(together - expected).max()), float(np.abs(alone - expected[:1]).max()))
+        worst = max(worst, difference / scale)
+        if not difference / scale <= TOLERANCE[precision]:
+            raise LoweringError(
+                f"outputs differ from torch's by {difference:.2g}, {TOLERANCE[precision] * scale:.2g} is tolerated",
+                where=f"exit {exit_name!r} on {compiled.backend.name} {precision}",
+                remedy="try another backend, or precision='fp32'",
+            )
+    return worst
+
+
+def first_output(outputs: Any) -> Array:
+    """The logits, whatever structure they come in."""
+    if isinstance(outputs, Mapping):
+        outputs = next(iter(outputs.values()))
+    elif isinstance(outputs, tuple):
+        outputs = outputs[0]
+    assert isinstance(outputs, np.ndarray)
+    return outputs
+
+
+@torch.no_grad()
+def run_to_exit(program: Program, exit_name: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The first output of a program of torch bodies when every row goes to one exit of a chain."""
+    block: Block = program.entry
+    values = dict(inputs)
+    while True:
+        values = {**values, **block.run(values)}
+        terminator = block.terminator
+        ways = (
+            terminator.edges
+            if isinstance(terminator, Branch)
+            else (terminator.edge if isinstance(terminator, Jump) else terminator,)
+        )
+        for way in ways:
+            if isinstance(way, Return) and way.exit == exit_name:
+                return values[way.values[0]]
+        onward = next(way for way in ways if isinstance(way, Edge))
+        block = program.block(onward.target)
+        values = dict(zip(block.params, (values[name] for name in onward.values), strict=True))
+
+
+def certify(
+    compiled: CompiledModel, plain: CompiledModel, rows: Rows, limit: float | None
+) -> tuple[Certified, dict[str, Any]]:
+    """Run rows that nothing was chosen on, and bound the excess error.
+
+    Excess error (wrong where the backbone was right) is a mean of independent 0/1 outcomes, so its
+    exact upper bound is Clopper and Pearson's; the net drop is at most the excess error.
+
+    Args:
+        compiled: The program as it will run.
+        plain: The untouched backbone on the same engine.
+        rows: The certify rows.
+        limit: The accuracy drop asked for, to say how many rows a certificate of that would need.
+
+    Returns:
+        The certificate, and what was seen on these rows (exit rates, accuracy per exit).
+    """
+    arrays = {name: tensor.numpy() for name, tensor in rows.inputs.items()}
+    result = compiled.run(arrays)
+    answers = first_output(result.outputs).argmax(axis=1)
+    backbone = first_output(plain(arrays)).argmax(axis=1)
+    targets = backbone if rows.labels is None else rows.labels
+    right, backbone_right = answers == targets, backbone == targets
+    excess = int((backbone_right & ~right).sum())
+    drop = mean_difference_interval(backbone_right.astype(np.float64), right.astype(np.float64))
+    bound = clopper_pearson_upper(excess, len(rows), CONFIDENCE)
+    certificate: Certified = {
+        "kind": "clopper-pearson",
+        "bounds": "excess error",
+        "confidence": CONFIDENCE,
+        "rows": len(rows),
+        "errors": excess,
+        "bound": bound,
+        "accuracy": float(right.mean()),
+        "backbone_accuracy": float(backbone_right.mean()),
+        "accuracy_drop": {"value": drop.value, "lower": drop.lower, "upper": drop.upper},
+        **_rows_needed(excess / len(rows), limit),
+    }
+    seen: dict[str, Any] = {"exit_rates": {}, "exit_accuracy": {}}
+    for index, name in enumerate(compiled.exits):
+        left = result.exit_index == index
+        seen["exit_rates"][name] = float(left.mean())
+        seen["exit_accuracy"][name] = float(right[left].mean()) if left.any() else None
+    return certificate, seen
+
+
+def _rows_needed(rate: float, limit: float | None) -> dict[str, Any]:
+    """How many rows would certify the limit at this rate; without a limit, 1.25 times the rate."""
+    target = 1.25 * rate + 0.001 if limit is None else limit
+    try:
+        return {"target": target, "rows_needed": rows_for_bound(rate, target, CONFIDENCE)}
+    except InputError:  # the rate is at or above the target: no number of rows is enough
+        return {"target": target}
+
+
+def measure_speedup(
+    compiled: CompiledModel, plain: CompiledModel, rows: Rows, batch_size: int, *, repeats: int, seed: int
+) -> dict[str, Any]:
+    """Time the program and the plain engine in turns on the same real rows.
+
+    Args:
+        compiled: The program.
+        plain: The fastest plain engine.
+        rows: Real rows, whose mix of easy and hard is the user's.
+        batch_size: How many rows a call has.
+        repeats: Timed turns.
+        seed: Of the choice of rows, the order in a turn, and the bootstrap.
+
+    Returns:
+        Mean, p50 and p99 in milliseconds per call for both, and the speed-up (ratio of mean times) with
+        its 95 % interval.
+    """
+    rng = np.random.default_rng(seed)
+    starts = rng.integers(0, max(1, len(rows) - batch_size + 1), size=min(repeats, 4096))
+    inputs = [
+        ({name: t.numpy() for name, t in rows.take(slice(s, s + batch_size)).inputs.items()},)
+        for s in starts.tolist()
+    ]
+    times = measure_interleaved(
+        {"program": compiled, "plain": plain}, inputs, repeats=repeats, warmup=20, seed=seed
+    )
+    speedup = ratio_interval(times["plain"], times["program"], seed=seed)
+    return {
+        "program": _summary_ms(times["program"]),
+        "plain": _summary_ms(times["plain"]),
+        "speedup": {**asdict(speedup), "median": speedup.value},
+    }
+
+
+def _summary_ms(times_us: FloatArray) -> dict[str, float]:
+    return {
+        "mean_ms": float(times_us.mean()) / 1e3,
+        "p50_ms": float(np.percentile(times_us, 50)) / 1e3,
+        "p99_ms": float(np.percentile(times_us, 99)) / 1e3,
+    }

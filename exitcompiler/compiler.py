@@ -1,0 +1,368 @@
+"""``exitcompiler.compile``: from a trained network and a calibration set to a program with exits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import chain as chain_iterators
+from os import PathLike
+from typing import Any, Final
+
+import numpy as np
+from torch import nn
+from torch.export import ExportedProgram
+
+from exitcompiler.capture import Captured, capture
+from exitcompiler.certify import certify, check_parity, measure_speedup
+from exitcompiler.data import Rows, RowSplit, TrainingData, read_rows, read_training_data, split_rows
+from exitcompiler.engines import Engines, Lowerer
+from exitcompiler.errors import BackendUnavailableError, CalibrationError
+from exitcompiler.findings import Findings
+from exitcompiler.fitting import Fitted, fit_exits
+from exitcompiler.packaging import pack
+from exitcompiler.profile import block_times_us, measure_costs
+from exitcompiler.program import Program
+from exitcompiler.progress import Reporter, reporting
+from exitcompiler.runtime.backends import Backend, available_backends, create_backend
+from exitcompiler.runtime.compiled import CompiledModel
+from exitcompiler.runtime.manifest import Artifact, Execution
+from exitcompiler.scoring import score_rows
+from exitcompiler.selection import Selection, select_points
+from exitcompiler.settings import Settings
+from exitcompiler.training import HeadRecipe
+
+__all__ = ["compile"]
+
+logger = logging.getLogger(__name__)
+
+FEWEST_ROWS: Final = 300
+"""Fewer calibration rows cannot be split into parts that say anything."""
+
+FIT_SHARE: Final = 0.4
+CERTIFY_SHARE: Final = 0.2
+WORTHWHILE: Final = 1.02
+"""The lower end of the measured speed-up has to be above this, else the plain engine is the result."""
+
+SPEEDUP_REPEATS: Final = 1500
+
+
+def compile(
+    model: nn.Module | ExportedProgram | str | PathLike[str],
+    calib_data: Any,
+    *,
+    train_data: Any = None,
+    max_accuracy_drop: float | None = None,
+    latency_budget_ms: float | None = None,
+    backend: str = "auto",
+    precision: str = "fp32",
+    batch_size: int = 1,
+    threads: int | None = None,
+    seed: int = 0,
+    logits: str | int | None = None,
+    max_exits: int = 4,
+    recipe: HeadRecipe | None = None,
+    progress: bool | None = None,
+) -> CompiledModel:
+    """Give a trained classifier early exits that really skip the work.
+
+    Captures the model, trains exit heads on the frozen network, learns where and when to leave on
+    measured times, prunes what does not pay, and lowers what remains. The model itself is not changed.
+
+    Args:
+        model: A trained module; or an exported program, or the path of a ``.pt2`` file, with a dynamic
+            batch.
+        calib_data: Held-out rows, a few thousand, that the model was not trained on: a pair (inputs,
+            labels) of arrays or tensors, a DataLoader or any iterable of (x, y) batches, or of x alone:
+            without labels the target is agreement with the model. Several inputs: a dict by name.
+        train_data: Rows to fit heads on, in the same forms; the model's own training rows will do. By
+            default a share of ``calib_data`` is used.
+        max_accuracy_drop: How much accuracy may be lost, net, 0 to 1; 0.01 (one point) by default.
+        latency_budget_ms: Instead: the mean latency of a call to keep, in milliseconds.
+        backend: ``"onnxruntime"``, ``"openvino"``, ``"torch"``, or ``"auto"``: the one that runs the
+            plain model fastest here.
+        precision: ``"fp32"``; ``"bf16"`` where the backend has it, gates being learned on its scores.
+        batch_size: Rows per call that costs are measured at; any size runs.
+        threads: Threads per call; None: as many as this process may use.
+        seed: Of everything that is random.
+        logits: Which output holds the logits, for a model with several: its key or its index.
+        max_exits: How many places get deep heads before gates decide.
+        recipe: How heads are trained.
+        progress: Show progress bars; None: on a terminal only.
+
+    Returns:
+        The compiled model. Where exits do not pay it is the plain engine, and ``explain()`` says why.
+
+    Raises:
+        UnsupportedModelError: The model cannot be captured; names the cause and a way out.
+        CalibrationError: The data cannot be used.
+        InputError: An option makes no sense, or no operating point keeps the limit.
+        BackendUnavailableError: A backend was named that is not installed.
+        LoweringError: A block cannot be lowered, or its outputs differ from torch's.
+    """
+    settings = Settings(
+        max_accuracy_drop, latency_budget_ms, backend, precision, batch_size, threads, seed, max_exits,
+        HeadRecipe() if recipe is None else recipe,
+    )  # fmt: skip
+    backends = _candidate_backends(settings)
+    with reporting(progress) as reporter:
+        return _Compilation(settings, backends, reporter).run(model, calib_data, train_data, logits)
+
+
+def _candidate_backends(settings: Settings) -> list[Backend]:
+    """The backend asked for; under "auto" all that are installed and have the precision, torch last."""
+    if settings.backend != "auto":
+        return [create_backend(settings.backend, precision=settings.precision, threads=settings.threads)]
+    found: list[Backend] = []
+    for name in available_backends():
+        if name == "torch":  # the reference: it would win only where nothing is installed
+            continue
+        try:
+            found.append(create_backend(name, precision=settings.precision, threads=settings.threads))
+        except BackendUnavailableError as error:
+            logger.info("%s", error)
+    if not found:
+        raise BackendUnavailableError(
+            f"no backend for precision {settings.precision!r} is installed",
+            remedy="pip install 'exitcompiler[cpu]'",
+        )
+    return found
+
+
+@dataclass
+class _Compilation:
+    """One run of the compiler: what it was asked, and what it uses on the way."""
+
+    settings: Settings
+    backends: list[Backend]
+    reporter: Reporter
+
+    def run(self, model: Any, calib_data: Any, train_data: Any, logits: str | int | None) -> CompiledModel:
+        started = time.monotonic()
+        calib_data, example = peek(calib_data)
+        with self.reporter.step("capturing the model"):
+            captured = capture(model, example, logits=logits)
+        program = captured.program
+        rows = read_rows(calib_data, list(program.inputs), minimum=FEWEST_ROWS)
+        _require_fit(rows, program)
+        split = split_rows(
+            len(rows),
+            fit=0.0 if train_data is not None else FIT_SHARE,
+            certify=CERTIFY_SHARE,
+            seed=self.settings.seed,
+        )
+        data = self._training_data(train_data, rows, split, program)
+        findings = Findings(type(model).__name__, program, self.settings, split)
+        lowerer = Lowerer()
+        with self.reporter.step("lowering the plain model"):
+            engines, plain_us = self._fastest_plain(program, rows, lowerer, findings)
+        fitted = fit_exits(program, data, rows, engines, self.settings, self.reporter)
+        findings.fitted(fitted)
+        if fitted.candidates is None:
+            findings.refuse("the network has no place where an exit could be put")
+            return self._plain(captured, plain_us, engines, findings, rows, split)
+        selection = self._select(fitted, program, rows.take(split.learn), engines, findings)
+        compiled = self._finish(captured, selection, plain_us, engines, findings, rows, split)
+        logger.info("compiled in %.1f s", time.monotonic() - started)
+        return compiled
+
+    def _training_data(self, train_data: Any, rows: Rows, split: RowSplit, program: Program) -> TrainingData:
+        if train_data is None:
+            return TrainingData(rows.take(split.fit), tuple(program.inputs))
+        return read_training_data(train_data, list(program.inputs), minimum=100)
+
+    def _fastest_plain(
+        self, program: Program, rows: Rows, lowerer: Lowerer, findings: Findings
+    ) -> tuple[Engines, float]:
+        """The engines of the backend that runs the plain model fastest, and its time per row."""
+        times: dict[str, float] = {}
+        engines: dict[str, Engines] = {}
+        for backend in self.backends:
+            engines[backend.name] = Engines(backend, lowerer)
+            (times[backend.name],) = block_times_us(
+                program.blocks, engines[backend.name], rows, self.settings.batch_size, repeats=60
+            )
+        fastest = min(times, key=lambda name: times[name])
+        findings.chose_backend(fastest, times)
+        return engines[fastest], times[fastest]
+
+    def _select(
+        self, fitted: Fitted, program: Program, learn: Rows, engines: Engines, findings: Findings
+    ) -> Selection:
+        assert fitted.candidates is not None
+        with self.reporter.step("lowering segments and heads"):
+            costs = measure_costs(fitted.candidates, program, engines, learn, self.settings.batch_size)
+        with self.reporter.step("scoring calibration rows", len(learn)) as step:
+            table = score_rows(fitted.candidates, engines, learn, step)
+        selection = select_points(
+            fitted.candidates, table, costs, engines, learn, self.settings, self.reporter
+        )
+        findings.selected(selection, table, costs)
+        return selection
+
+    def _finish(
+        self,
+        captured: Captured,
+        selection: Selection,
+        plain_us: float,
+        engines: Engines,
+        findings: Findings,
+        rows: Rows,
+        split: RowSplit,
+    ) -> CompiledModel:
+        """Package, check, measure; the plain engine where exits do not pay."""
+        chosen = selection.chosen
+        if not chosen.point.policy.kept:
+            findings.refuse("no exit pays within the limit: every gate came out as 'always go on'")
+            return self._plain(captured, plain_us, engines, findings, rows, split)
+        named = [(f"drop-{built.point.accuracy_drop:.4f}", built) for built in selection.shipped]
+        with self.reporter.step("packaging"):
+            artifact = pack(
+                [("chosen", chosen), *named],
+                captured.program,
+                plain_us,
+                chosen.point.estimate.backbone_accuracy,
+                captured.structure,
+                engines.backend,
+                engines.lowerer,
+                self.settings,
+            )
+        certify_rows = rows.take(split.certify)
+        held_out = rows.take(np.sort(np.concatenate([split.learn, split.certify])))
+        compiled = CompiledModel(artifact, engines.backend)
+        with self.reporter.step("checking outputs against torch"):
+            findings.parity = check_parity(compiled, chosen.program, certify_rows, self.settings.precision)
+        with self.reporter.step("measuring against the plain engine"):
+            execution = self._faster_execution(artifact, engines.backend, held_out, findings)
+            compiled = CompiledModel(_with_execution(artifact, execution), engines.backend)
+            latency = measure_speedup(
+                compiled, compiled.plain, held_out, self.settings.batch_size,
+                repeats=SPEEDUP_REPEATS, seed=self.settings.seed,
+            )  # fmt: skip
+        findings.measured(latency, execution, engines.backend)
+        if latency["speedup"]["lower"] <= WORTHWHILE:
+            findings.refuse(
+                f"exits do not pay: measured speed-up {latency['speedup']['value']:.3f} "
+                f"(95 % interval from {latency['speedup']['lower']:.3f}), more than {WORTHWHILE} is asked for"
+            )
+            return self._plain(captured, plain_us, engines, findings, rows, split)
+        with self.reporter.step("certifying"):
+            certificate, seen = certify(compiled, compiled.plain, certify_rows, self.settings.drop_limit)
+        findings.certified(certificate, seen)
+        return _complete(compiled, findings, certificate)
+
+    def _faster_execution(
+        self, artifact: Artifact, backend: Backend, rows: Rows, findings: Findings
+    ) -> Execution:
+        """An engine per block or one engine of the one-file model: whichever measures faster for one row."""
+        if backend.name == "torch":
+            return "blocks"
+        times = measure_speedup(
+            CompiledModel(_with_execution(artifact, "single"), backend),
+            CompiledModel(artifact, backend),
+            rows, 1, repeats=400, seed=self.settings.seed,
+        )  # fmt: skip
+        single, blocks = times["program"]["mean_ms"], times["plain"]["mean_ms"]
+        findings.note(
+            f"one row: an engine per block takes {blocks:.4f} ms, one engine of model.onnx {single:.4f} ms"
+        )
+        return "single" if single < blocks else "blocks"
+
+    def _plain(
+        self,
+        captured: Captured,
+        plain_us: float,
+        engines: Engines,
+        findings: Findings,
+        rows: Rows,
+        split: RowSplit,
+    ) -> CompiledModel:
+        """The untouched backbone as the result."""
+        accuracy = findings.backbone_accuracy
+        artifact = pack(
+            [], captured.program, plain_us, 1.0 if accuracy is None else accuracy, captured.structure,
+            engines.backend, engines.lowerer, self.settings,
+        )  # fmt: skip
+        compiled = CompiledModel(artifact, engines.backend)
+        findings.parity = check_parity(
+            compiled, captured.program, rows.take(split.certify), self.settings.precision
+        )
+        return _complete(compiled, findings, None)
+
+
+def _with_execution(artifact: Artifact, execution: Execution) -> Artifact:
+    points = artifact.manifest.operating_points
+    changed = (replace(points[0], execution=execution), *points[1:])
+    return replace(artifact, manifest=replace(artifact.manifest, operating_points=changed))
+
+
+def _complete(
+    compiled: CompiledModel, findings: Findings, certificate: Mapping[str, Any] | None
+) -> CompiledModel:
+    """The same model with its report and certificate."""
+    manifest = replace(compiled.artifact.manifest, certificate=certificate)
+    artifact = replace(compiled.artifact, manifest=manifest, report=findings.report())
+    return CompiledModel(artifact, compiled.backend, notes=findings.notes)
+
+
+def peek(data: Any) -> tuple[Any, Any]:
+    """The data, still whole, and the inputs of some of its rows.
+
+    Raises:
+        CalibrationError: There is no data.
+    """
+    if isinstance(data, tuple | list) and len(data) == 2 and hasattr(data[1], "shape"):
+        return data, _head(data[0])
+    if hasattr(data, "shape") or isinstance(data, Mapping):
+        return data, _head(data)
+    try:
+        iterator = iter(data)
+        first = next(iterator)
+    except (TypeError, StopIteration):
+        raise CalibrationError(
+            "there is no data",
+            where="calib_data",
+            remedy="give (inputs, labels) arrays, a DataLoader, or an iterable of (x, y) batches",
+        ) from None
+    whole = chain_iterators([first], iterator) if iterator is data else data
+    labelled = isinstance(first, tuple | list) and len(first) == 2
+    return whole, _head(first[0] if labelled else first)
+
+
+def _head(inputs: Any, rows: int = 8) -> Any:
+    if isinstance(inputs, Mapping):
+        return {name: value[:rows] for name, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(value[:rows] for value in inputs)
+    return inputs[:rows]
+
+
+def _require_fit(rows: Rows, program: Program) -> None:
+    """Check rows against the captured inputs.
+
+    Raises:
+        CalibrationError: Shapes or dtypes differ, or a label is no class of the model.
+    """
+    for name, spec in program.inputs.items():
+        tensor = rows.inputs[name]
+        found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape[1:]))
+        if found != (spec.dtype, tuple(spec.shape[1:])):
+            raise CalibrationError(
+                f"rows are {found[0]}{list(found[1])}, the model takes {spec}", where=f"input {name!r}"
+            )
+    classes = int(next(iter(program.outputs.values())).shape[1])
+    if rows.labels is None:
+        return
+    if int(rows.labels.max()) >= classes:
+        raise CalibrationError(
+            f"label {int(rows.labels.max())} is out of range: the model has {classes} classes",
+            where="calib_data",
+            remedy=f"number the classes 0..{classes - 1} in the order of the model's outputs",
+        )
+    if len(np.unique(rows.labels)) < 2:
+        raise CalibrationError(
+            f"all rows have label {int(rows.labels[0])}",
+            where="calib_data",
+            remedy="give rows of all classes, in the proportions to expect in use",
+        )

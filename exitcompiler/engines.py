@@ -1,0 +1,114 @@
+"""Turns blocks into engines while compiling: each different block is lowered once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from exitcompiler.controlflow import engine_signature
+from exitcompiler.fx_utils import find_attribute
+from exitcompiler.passes.lower_to_onnx import lower_blocks
+from exitcompiler.program import Block, Branch, ConstantGate, Program
+from exitcompiler.runtime.backends import Backend, Engine
+
+__all__ = ["Engines", "Lowerer", "block_key"]
+
+
+def block_key(block: Block) -> str:
+    """What makes two blocks lower to the same model: operators, parameters, signature; not gate numbers."""
+    parts = [f"{node.name}={node.target}{node.args}{node.kwargs}" for node in block.body.graph.nodes]
+    for node in block.body.graph.nodes:
+        if node.op == "get_attr":
+            value = find_attribute(block.body, str(node.target))
+            storage = value.data_ptr() if isinstance(value, Tensor) else id(value)
+            parts.append(f"{node.name}@{storage}")
+    signature = engine_signature(block)
+    parts += [str(list(signature.inputs.items())), str(list(signature.outputs.items()))]
+    if isinstance(block.terminator, Branch) and not isinstance(block.terminator.gate, ConstantGate):
+        parts.append(str(block.terminator.gate.reads))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclass
+class Lowerer:
+    """Lowers blocks to ONNX and remembers what it has lowered."""
+
+    _models: dict[str, bytes] = field(default_factory=dict)
+
+    def lower(self, blocks: Iterable[Block]) -> None:
+        """Lower all blocks that are new, in one export.
+
+        Raises:
+            LoweringError: A block cannot be lowered; names the block and the node.
+        """
+        fresh: dict[str, Block] = {}
+        for block in blocks:
+            key = block_key(block)
+            if key not in self._models and engine_signature(block).outputs:
+                fresh.setdefault(key, block)
+        # Blocks of different programs may share a name; for one export they need different ones.
+        renamed = {f"{block.name}#{i}": key for i, (key, block) in enumerate(fresh.items())}
+        models = lower_blocks([_rename(fresh[key], name) for name, key in renamed.items()]) if fresh else {}
+        for name, key in renamed.items():
+            self._models[key] = models[name]
+
+    def model(self, block: Block) -> bytes:
+        """The ONNX model of a block, lowered now if it is new."""
+        self.lower([block])
+        return self._models[block_key(block)]
+
+    def models(self, program: Program) -> dict[str, bytes]:
+        """Block name -> ONNX model, for all blocks that need an engine."""
+        self.lower(program.blocks)
+        return {block.name: self.model(block) for block in program.blocks if engine_signature(block).outputs}
+
+
+def _rename(block: Block, name: str) -> Block:
+    return Block(name, block.params, block.results, block.terminator, block.body)
+
+
+@dataclass
+class Engines:
+    """Engines of one backend for blocks at hand.
+
+    Args:
+        backend: What makes engines.
+        lowerer: Where ONNX models come from; the torch backend needs none.
+    """
+
+    backend: Backend
+    lowerer: Lowerer
+    _engines: dict[tuple[str, int | None], Engine] = field(default_factory=dict)
+
+    def load(self, blocks: Sequence[Block], static_batch: int | None = None) -> Mapping[str, Engine]:
+        """Block name -> engine, for all blocks that need one.
+
+        Raises:
+            LoweringError: A block cannot be lowered, or the backend does not take it.
+        """
+        if self.backend.name != "torch":
+            self.lowerer.lower(blocks)
+        return {
+            block.name: self.engine(block, static_batch)
+            for block in blocks
+            if engine_signature(block).outputs
+        }
+
+    def engine(self, block: Block, static_batch: int | None = None) -> Engine:
+        """The engine of one block."""
+        batch = static_batch if self.backend.specialises else None
+        key = (block_key(block), batch)
+        if key not in self._engines:
+            self._engines[key] = self._load(block, batch)
+        return self._engines[key]
+
+    def _load(self, block: Block, static_batch: int | None) -> Engine:
+        if self.backend.name == "torch":
+            from exitcompiler.runtime.torch_backend import torch_engine
+
+            return torch_engine(block, block.body, threads=self.backend.threads)
+        model = self.lowerer.model(block)
+        return self.backend.load(model, engine_signature(block), static_batch=static_batch)

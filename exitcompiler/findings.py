@@ -1,0 +1,251 @@
+"""Collects what the compiler finds out, and puts it together as the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from exitcompiler.baselines import (
+    Baseline,
+    ExitSet,
+    best_on,
+    exit_sets,
+    patience,
+    random_routing,
+    shared_threshold,
+    soft_oracle,
+)
+from exitcompiler.data import RowSplit
+from exitcompiler.fitting import Fitted
+from exitcompiler.flops import count_flops
+from exitcompiler.packaging import PLAIN, environment
+from exitcompiler.policies import CostModel, Leave, LinearRule
+from exitcompiler.program import Program
+from exitcompiler.runtime.backends import Backend
+from exitcompiler.scores import ScoreTable
+from exitcompiler.selection import Built, Selection
+from exitcompiler.settings import Settings
+from exitcompiler.statistics import reliability_bins
+
+__all__ = ["Findings"]
+
+
+class Findings:
+    """What is known so far; the report at the end.
+
+    Args:
+        name: Of the model.
+        program: The captured backbone.
+        settings: What was asked for.
+        split: How the calibration rows were divided.
+    """
+
+    def __init__(self, name: str, program: Program, settings: Settings, split: RowSplit) -> None:
+        parameters = sum(p.numel() for p in program.entry.body.parameters())
+        self._settings = settings
+        self._report: dict[str, Any] = {
+            "model": {"name": name, "parameters": parameters, "flops": count_flops(program.entry.body)},
+            "environment": environment(),
+            "settings": settings.as_dict(),
+            "rows": {"fit": len(split.fit), "learn": len(split.learn), "certify": len(split.certify)},
+            "refused": None,
+        }
+        self._notes: list[str] = []
+        self._fitted: Fitted | None = None
+        self.parity: float | None = None
+        self.backbone_accuracy: float | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return tuple(self._notes)
+
+    def note(self, text: str) -> None:
+        """Add a sentence for the user."""
+        self._notes.append(text)
+
+    def refuse(self, reason: str) -> None:
+        """Say why the plain engine is the result."""
+        self._report["refused"] = reason
+
+    def chose_backend(self, name: str, times_us: Mapping[str, float]) -> None:
+        """Which backend runs, and how long the plain model takes on each that could."""
+        if self._settings.backend == "auto":
+            listed = ", ".join(f"{key} {time / 1000:.3f} ms" for key, time in times_us.items())
+            self.note(f"backend 'auto' chose {name}: the plain model takes {listed} a row")
+
+    def fitted(self, fitted: Fitted) -> None:
+        """Where exits could stand, and which of these places got heads."""
+        self._fitted = fitted
+        if fitted.rows:
+            self._report["rows"]["fit"] = fitted.rows
+        self._report["exits"] = [
+            {
+                "name": place.cut.name,
+                "depth": place.time_share,
+                "kept": False,
+                "head": None,
+                "reason": place.reason,
+                "probe_accuracy": place.probe_accuracy,
+            }
+            for place in fitted.places
+        ]
+
+    def selected(self, selection: Selection, table: ScoreTable, costs: CostModel) -> None:
+        """What the gates came out as."""
+        self.backbone_accuracy = float(table.backbone_correct.mean())
+        chosen = selection.chosen
+        self._frontier(selection, costs)
+        self._report["rounds"] = [
+            {"exits": list(r.exits), "kept": list(r.kept), "mean_latency_ms": self._ms(r.mean_us)}
+            for r in selection.rounds
+        ]
+        self._report["baselines"] = self._baselines(table, costs)
+        self._exits(chosen, table, costs)
+        self._report["reliability"] = {
+            name: _reliability(table, name, decision.head)
+            for name, decision in chosen.point.policy.kept.items()
+        }
+        self.note(f"gates were learned as: {selection.frontier.recipe}")
+
+    def measured(self, latency: Mapping[str, Any], execution: str, backend: Backend) -> None:
+        """How fast the program is next to the plain engine."""
+        self._report["latency"] = {
+            **latency,
+            "execution": execution,
+            "backend": backend.name,
+            "threads": backend.threads,
+        }
+
+    def certified(self, certificate: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
+        """What the certify rows say."""
+        self._report["certificate"] = dict(certificate)
+        for entry in self._report.get("exits", []):
+            name = entry["name"]
+            if name in seen["exit_rates"]:
+                entry["exit_rate"] = seen["exit_rates"][name]
+                entry["exit_accuracy"] = seen["exit_accuracy"][name]
+
+    def report(self) -> dict[str, Any]:
+        """The report: plain data that JSON can hold."""
+        report = {**self._report, "notes": list(self._notes)}
+        if self.parity is not None:
+            report["parity"] = {"max_relative_difference": self.parity}
+            report["notes"].append(
+                f"outputs agree with torch's float32 to {self.parity:.1g} (relative, every exit in turn)"
+            )
+        if report["refused"]:
+            for entry in report.get("exits", []):
+                entry["kept"] = False
+        return report
+
+    def _ms(self, time_us: float) -> float:
+        return float(time_us) * self._settings.batch_size / 1000.0
+
+    def _frontier(self, selection: Selection, costs: CostModel) -> None:
+        built: dict[int, Built] = {id(b.point): b for b in (selection.chosen, *selection.shipped)}
+        points = {id(p): p for p in (*selection.frontier.points, *(b.point for b in built.values()))}
+        entries = []
+        for key, point in points.items():
+            made = built.get(key)
+            mean_us = point.mean_us if made is None else made.mean_us
+            is_plain = not point.policy.kept
+            entries.append(
+                {
+                    "name": PLAIN if is_plain else f"drop-{point.accuracy_drop:.4f}",
+                    "accuracy": float(point.estimate.backbone_accuracy - point.accuracy_drop),
+                    "accuracy_drop": float(point.accuracy_drop),
+                    "excess_error": float(point.estimate.excess_error),
+                    "mean_latency_ms": self._ms(mean_us),
+                    "speedup": float(costs.whole_us / mean_us),
+                    "exit_rates": {k: float(v) for k, v in point.estimate.exit_rates.items()},
+                    "shipped": is_plain or made is not None,
+                    "chosen": made is selection.chosen,
+                }
+            )
+        self._report["frontier"] = sorted(entries, key=lambda entry: entry["accuracy_drop"])
+
+    def _exits(self, chosen: Built, table: ScoreTable, costs: CostModel) -> None:
+        kept = chosen.point.policy.kept
+        reached = dict(zip(table.exits, np.cumsum(costs.segment_us), strict=False))
+        for entry in self._report.get("exits", []):
+            name = entry["name"]
+            if name not in table.exits:
+                continue
+            decision = kept.get(name)
+            head = table.kinds(name)[-1] if decision is None else decision.head
+            rate = float(chosen.point.estimate.exit_rates.get(name, 0.0))
+            entry.update(
+                {
+                    "kept": decision is not None,
+                    "head": head,
+                    "head_accuracy": float(table.correct((name, head)).mean()),
+                    "head_flops": None if self._fitted is None else self._fitted.head_flops.get((name, head)),
+                    "prefix_ms": self._ms(reached[name]),
+                    "head_ms": self._ms(costs.head_us[name, head]),
+                    "exit_rate": rate if decision is not None else 0.0,
+                    "reason": _kept_reason(decision, rate)
+                    if decision is not None
+                    else "pruned: the gate came out constant, always go on; what few rows could leave here "
+                    "would not pay for the head on all that pass",
+                    "gate": _gate_text(decision),
+                }
+            )
+
+    def _baselines(self, table: ScoreTable, costs: CostModel) -> dict[str, list[dict[str, float]]]:
+        """Each baseline chosen on one half of the learning rows and judged on the other."""
+        order = np.random.default_rng(self._settings.seed).permutation(table.rows)
+        learn, judge = table.take(np.sort(order[::2])), table.take(np.sort(order[1::2]))
+        sets: Sequence[ExitSet] = exit_sets(table)
+        families: dict[str, Iterable[Baseline]] = {
+            "max_probability": shared_threshold(learn, sets, "max_probability", steps=24),
+            "entropy": shared_threshold(learn, sets, "entropy", steps=24),
+            "patience": patience(sets),
+            "random": random_routing(sets, [0.1 * i for i in range(11)], self._settings.seed),
+        }
+        curves = {
+            name: [
+                self._baseline_point(baseline.evaluate(judge, costs))
+                for baseline, _ in best_on(list(family), learn, costs)
+            ]
+            for name, family in families.items()
+        }
+        curves["oracle"] = [self._baseline_point(soft_oracle(judge, costs, exits)) for exits in sets]
+        return curves
+
+    def _baseline_point(self, evaluation: Any) -> dict[str, float]:
+        return {
+            "accuracy_drop": float(evaluation.accuracy_drop),
+            "mean_latency_ms": self._ms(evaluation.mean_us),
+        }
+
+
+def _kept_reason(decision: Leave | LinearRule, rate: float) -> str:
+    if isinstance(decision, Leave):
+        return "kept: every row that comes here leaves, the network ends here"
+    return f"kept: {rate:.0%} of the rows leave here"
+
+
+def _gate_text(decision: Leave | LinearRule | None) -> str:
+    match decision:
+        case None:
+            return "always go on"
+        case Leave():
+            return "always leave"
+        case LinearRule(reads=reads, weight=weight):
+            used = sum(1 for value in weight if value)
+            return f"linear on {used} feature{'s' if used != 1 else ''} of {len(reads)} head" + (
+                "s" if len(reads) != 1 else ""
+            )
+
+
+def _reliability(table: ScoreTable, name: str, head: str) -> dict[str, list[float]]:
+    scores = table.heads[name, head]
+    bins = reliability_bins(scores.confidence[:, 0], table.correct((name, head)), bins=12)
+    return {
+        "confidence": [b.confidence for b in bins],
+        "accuracy": [b.accuracy for b in bins],
+        "count": [b.count for b in bins],
+    }

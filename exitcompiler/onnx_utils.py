@@ -1,0 +1,148 @@
+"""Small things about ONNX graphs that lowering and assembling have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import onnx
+from onnx import helper
+
+from exitcompiler.controlflow import ValueSpec
+
+__all__ = [
+    "IR_VERSION",
+    "GraphIndex",
+    "element_type",
+    "make_model",
+    "renamed_node",
+    "value_info",
+]
+
+IR_VERSION: Final = 10
+"""The ONNX IR version that belongs to opset 20."""
+
+_ELEMENT_TYPES: Final = {"float32": "FLOAT", "float64": "DOUBLE"}  # others are spelled alike
+
+
+def element_type(spec: ValueSpec) -> int:
+    """The ``onnx.TensorProto`` data type of a value."""
+    element: int = onnx.TensorProto.DataType.Value(_ELEMENT_TYPES.get(spec.dtype, spec.dtype.upper()))
+    return element
+
+
+def value_info(name: str, spec: ValueSpec) -> onnx.ValueInfoProto:
+    """The declaration of an input or output."""
+    return helper.make_tensor_value_info(name, element_type(spec), spec.shape)
+
+
+def make_model(graph: onnx.GraphProto, opsets: dict[str, int]) -> onnx.ModelProto:
+    """A model around ``graph``, without anything that varies between two runs.
+
+    Args:
+        graph: The graph.
+        opsets: Domain -> operator set version.
+    """
+    imports = [helper.make_opsetid(domain, version) for domain, version in sorted(opsets.items())]
+    return helper.make_model(
+        graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="exitcompiler"
+    )
+
+
+@dataclass(frozen=True)
+class GraphIndex:
+    """A model's nodes and initialisers by the name of the value."""
+
+    producers: dict[str, onnx.NodeProto]
+    initializers: dict[str, onnx.TensorProto]
+    opsets: dict[str, int]
+
+    @staticmethod
+    def of(model: onnx.ModelProto) -> GraphIndex:
+        """Index ``model``."""
+        return GraphIndex(
+            {value: node for node in model.graph.node for value in node.output if value},
+            {tensor.name: tensor for tensor in model.graph.initializer},
+            {opset.domain: opset.version for opset in model.opset_import},
+        )
+
+    def reachable(self, outputs: Sequence[str]) -> tuple[list[onnx.NodeProto], list[str]]:
+        """What ``outputs`` need: nodes, operands first, and names of initialisers in order of use.
+
+        The order is that of a depth-first walk, so that it does not depend on the rest of the graph.
+        """
+        nodes: list[onnx.NodeProto] = []
+        initializers: dict[str, None] = {}
+        opened: set[str] = set()
+        stack = [(value, False) for value in reversed(outputs)]
+        while stack:
+            value, operands_done = stack.pop()
+            node = self.producers.get(value)
+            if node is None:
+                if value in self.initializers:
+                    initializers[value] = None
+            elif operands_done:
+                nodes.append(node)
+            elif (key := next(filter(None, node.output))) not in opened:
+                opened.add(key)
+                stack.append((value, True))
+                stack.extend((operand, False) for operand in reversed(list(_reads(node))))
+        return nodes, list(initializers)
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node reads; those that its subgraphs define or capture are among them."""
+    yield from (name for name in node.input if name)
+    for graph in _subgraphs(node):
+        for inner in graph.node:
+            yield from _reads(inner)
+        yield from (output.name for output in graph.output)
+
+
+def renamed_node(old: onnx.NodeProto, rename: Callable[[str, str], str]) -> onnx.NodeProto:
+    """A copy under other names, its subgraphs included, without notes on where it came from.
+
+    Args:
+        old: Left as it is.
+        rename: From a value's name, and what makes the value ("conv", "constant", "input"), to its new
+            name. Called for every definition before any use.
+    """
+    new = onnx.NodeProto()
+    new.CopyFrom(old)
+    _strip(new, "doc_string", "metadata_props", "input", "output")
+    kind = old.op_type.lower()
+    new.input.extend(rename(name, kind) if name else "" for name in old.input)
+    new.output.extend(rename(name, kind) if name else "" for name in old.output)
+    new.name = next(filter(None, new.output), kind)
+    for attribute in new.attribute:
+        _strip(attribute, "doc_string")
+    for graph in _subgraphs(new):
+        _rename_graph(graph, rename)
+        graph.name = new.name
+    return new
+
+
+def _rename_graph(graph: onnx.GraphProto, rename: Callable[[str, str], str]) -> None:
+    _strip(graph, "doc_string", "metadata_props", "value_info")
+    for tensor in graph.initializer:
+        tensor.name = rename(tensor.name, "constant")
+    for value in graph.input:
+        value.name = rename(value.name, "input")
+    nodes = [renamed_node(node, rename) for node in graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for value in graph.output:
+        value.name = rename(value.name, "output")
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _strip(message: onnx.NodeProto | onnx.AttributeProto | onnx.GraphProto, *fields: str) -> None:
+    for field in fields:
+        message.ClearField(field)

@@ -1,0 +1,167 @@
+"""Puts operating points, their blocks and the plain backbone together as an artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from exitcompiler.controlflow import ControlFlow
+from exitcompiler.controlflow import OutputStructure as Structure
+from exitcompiler.engines import Lowerer
+from exitcompiler.naming import BACKBONE
+from exitcompiler.passes.assemble_onnx import assemble_onnx
+from exitcompiler.policies import Evaluation
+from exitcompiler.program import BlockInterface, Program
+from exitcompiler.runtime.backends import Backend
+from exitcompiler.runtime.manifest import (
+    MODEL_FILE,
+    Artifact,
+    Estimate,
+    Execution,
+    Json,
+    Manifest,
+    OperatingPoint,
+    OutputStructure,
+    block_path,
+    torch_paths,
+)
+from exitcompiler.selection import Built
+from exitcompiler.settings import Settings
+from exitcompiler.torch_graphs import serialize_body
+
+__all__ = ["PLAIN", "environment", "pack", "plain_estimate"]
+
+PLAIN = "plain"
+"""The operating point that is the untouched backbone."""
+
+
+def pack(
+    points: Sequence[tuple[str, Built]],
+    plain: Program,
+    plain_us: float,
+    accuracy: float,
+    structure: Structure,
+    backend: Backend,
+    lowerer: Lowerer,
+    settings: Settings,
+    *,
+    execution: Execution = "blocks",
+) -> Artifact:
+    """An artifact whose first point is selected, or the plain backbone where there is no other.
+
+    Args:
+        points: Name and program of each operating point, the chosen one first.
+        plain: The untouched backbone.
+        plain_us: Its time per row.
+        accuracy: Its accuracy on the learning rows.
+        structure: How the model hands over its logits.
+        backend: What everything was measured on.
+        lowerer: Where ONNX models come from.
+        settings: What was asked for.
+        execution: How single rows of the chosen point run.
+
+    Raises:
+        LoweringError: A block cannot be lowered.
+    """
+    files: dict[str, bytes] = {}
+    packed = [
+        _point(
+            name, built.program, _estimate(built, settings), lowerer, files, execution if i == 0 else "blocks"
+        )
+        for i, (name, built) in enumerate(points)
+    ]
+    plain_point = _point(PLAIN, plain, plain_estimate(plain_us, accuracy, settings), lowerer, files, "blocks")
+    packed.append(plain_point)
+    chosen = points[0][1].program if points else plain
+    files[MODEL_FILE] = assemble_onnx(_interfaces(chosen), lowerer.models(chosen))
+    manifest = Manifest(
+        inputs=plain.inputs,
+        outputs=plain.outputs,
+        output_structure=OutputStructure(structure.kind, () if structure.key is None else (structure.key,)),
+        backend=backend.name,
+        precision=backend.precision,
+        threads=backend.threads,
+        batch_size=settings.batch_size,
+        operating_points=tuple(packed),
+        selected=0,
+        plain=len(packed) - 1,
+        one_file=0,
+        environment=environment(),
+    )
+    return Artifact(manifest, files, {})
+
+
+def _point(
+    name: str,
+    program: Program,
+    estimate: Estimate,
+    lowerer: Lowerer,
+    files: dict[str, bytes],
+    execution: Execution,
+) -> OperatingPoint:
+    names: dict[str, str] = {}
+    torch_names: dict[str, str] = {}
+    for block, model in lowerer.models(program).items():
+        names[block] = f"{hashlib.sha256(model).hexdigest()}.onnx"
+        files[block_path(names[block])] = model
+        graph, weights = serialize_body(program.block(block).body)
+        torch_names[block] = hashlib.sha256(graph + weights).hexdigest()
+        files.update(zip(torch_paths(torch_names[block]), (graph, weights), strict=True))
+    return OperatingPoint(name, _interfaces(program), names, estimate, execution, torch_names)
+
+
+def _interfaces(program: Program) -> ControlFlow:
+    """The program without its bodies."""
+    blocks = tuple(BlockInterface(b.name, b.params, b.results, b.terminator) for b in program.blocks)
+    return ControlFlow(program.inputs, program.outputs, blocks)
+
+
+def _estimate(built: Built, settings: Settings) -> Estimate:
+    estimate: Evaluation = built.point.estimate
+    exits = built.program.exits
+    rates = {name: float(estimate.exit_rates.get(name, 0.0)) for name in exits}
+    # Folds may differ in which exits they keep: what left elsewhere leaves at the end here.
+    rates[exits[-1]] += 1.0 - sum(rates.values())
+    return Estimate(
+        accuracy=float(estimate.backbone_accuracy - built.point.accuracy_drop),
+        accuracy_drop=float(built.point.accuracy_drop),
+        excess_error=float(estimate.excess_error),
+        mean_latency_ms=built.mean_us * settings.batch_size / 1000.0,
+        exit_rates=rates,
+    )
+
+
+def plain_estimate(plain_us: float, accuracy: float, settings: Settings) -> Estimate:
+    """What the untouched backbone does."""
+    latency_ms = plain_us * settings.batch_size / 1000.0
+    return Estimate(accuracy, 0.0, 0.0, latency_ms, {BACKBONE: 1.0})
+
+
+def environment() -> dict[str, Json]:
+    """Versions and machine, for the manifest and the report."""
+    versions: dict[str, Json] = {}
+    for package in ("exitcompiler", "torch", "onnx", "onnxruntime", "openvino", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpus": os.cpu_count() or 1,
+        **versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()

@@ -1,0 +1,113 @@
+"""Measures what blocks cost on the target: same backend, precision, threads and batch size as will run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from exitcompiler.candidates import Candidates
+from exitcompiler.controlflow import Edge, engine_signature, successors
+from exitcompiler.data import Rows
+from exitcompiler.engines import Engines
+from exitcompiler.policies import CostModel
+from exitcompiler.program import Block, Program
+from exitcompiler.runtime.backends import Array
+from exitcompiler.runtime.rows import gate_parameters
+from exitcompiler.runtime.single_row import aligned_empty
+from exitcompiler.runtime.timing import measure_interleaved
+from exitcompiler.scoring import run_block
+
+__all__ = ["block_times_us", "measure_costs", "measure_program"]
+
+REPEATS = 150
+MINIMUM_US = 0.01  # a block without an engine
+
+
+def measure_costs(
+    candidates: Candidates, plain: Program, engines: Engines, rows: Rows, batch_size: int
+) -> CostModel:
+    """The cost of every segment and every head, per row.
+
+    A head is timed on its own, with its gate. What a call costs beyond its arithmetic is told from the
+    difference between the segments one after another and the whole backbone in one engine.
+
+    Args:
+        candidates: Exits and heads.
+        plain: The untouched backbone.
+        engines: Make and keep the engines.
+        rows: At least ``batch_size`` real rows.
+        batch_size: How many rows a call has.
+    """
+    heads = {key: candidates.head_block(key) for key in candidates.heads}
+    blocks = [plain.entry, *candidates.chain.blocks, *heads.values()]
+    times = block_times_us(blocks, engines, rows, batch_size)
+    whole_us = times[0]
+    segments = times[1 : 1 + len(candidates.chain.blocks)]
+    head_times = times[1 + len(segments) :]
+    seams = max(1, len(segments) - 1)
+    dispatch_us = max(0.0, (sum(segments) - whole_us) / seams)
+    # A kept exit keeps its seam; a pruned one's segments merge and the seam is gone.
+    return CostModel(
+        segment_us=tuple(max(0.0, t - dispatch_us * (i > 0)) for i, t in enumerate(segments)),
+        head_us={key: max(0.0, t - dispatch_us) for key, t in zip(heads, head_times, strict=True)},
+        gate_us=dispatch_us,
+        plain_us=whole_us,
+    )
+
+
+def measure_program(program: Program, engines: Engines, rows: Rows, batch_size: int) -> dict[str, float]:
+    """Block name -> microseconds per row, head, gate and call included."""
+    times = block_times_us(program.blocks, engines, rows, batch_size)
+    return {block.name: time for block, time in zip(program.blocks, times, strict=True)}
+
+
+def block_times_us(
+    blocks: Sequence[Block], engines: Engines, rows: Rows, batch_size: int, repeats: int = REPEATS
+) -> list[float]:
+    """The median time of each block per row, all of them taking turns on real values.
+
+    Args:
+        blocks: In an order in which each one's params are model inputs or were made before.
+        engines: Make and keep the engines.
+        rows: Real rows; the first ``batch_size`` are used.
+        batch_size: How many rows a call has.
+        repeats: Timed turns.
+    """
+    engines.load(blocks, batch_size)
+    inputs = rows.take(slice(0, batch_size)).inputs
+    values: dict[str, Array] = {name: tensor.numpy() for name, tensor in inputs.items()}
+    calls: dict[str, Callable[[], object]] = {}
+    for number, block in enumerate(blocks):
+        _bind_params(block, blocks, values)
+        calls[str(number)] = _bound_call(block, engines, values, batch_size)
+        values.update(run_block(block, engines, values, batch_size))
+    samples = measure_interleaved(calls, [()], repeats=repeats, warmup=max(5, repeats // 10))
+    return [float(np.median(samples[str(number)])) / batch_size for number in range(len(blocks))]
+
+
+def _bind_params(block: Block, blocks: Sequence[Block], values: dict[str, Array]) -> None:
+    """Give params the values that some edge binds them to, where the names differ."""
+    for other in blocks:
+        for way in successors(other.terminator):
+            if isinstance(way, Edge) and way.target == block.name:
+                for param, value in zip(block.params, way.values, strict=True):
+                    if param not in values and value in values:
+                        values[param] = values[value]
+
+
+def _bound_call(
+    block: Block, engines: Engines, values: Mapping[str, Array], batch_size: int
+) -> Callable[[], object]:
+    signature = engine_signature(block)
+    if not signature.outputs:
+        return lambda: None
+    inputs: list[Array] = []
+    sources = [values[name] for name in block.params] + gate_parameters(block)
+    for spec, source in zip(signature.inputs.values(), sources, strict=True):
+        buffer = aligned_empty(spec, batch_size)
+        buffer[...] = source
+        inputs.append(buffer)
+    outputs = [aligned_empty(spec, batch_size) for spec in signature.outputs.values()]
+    call = engines.engine(block, batch_size).bind(inputs, outputs)
+    return lambda _alive=(inputs, outputs): call()

@@ -1,0 +1,218 @@
+"""From scores and costs to operating points: the frontier, and rounds of building and relearning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from exitcompiler.candidates import Candidates, build_program
+from exitcompiler.data import Rows
+from exitcompiler.engines import Engines
+from exitcompiler.errors import InputError
+from exitcompiler.frontier import Frontier, FrontierPoint, sweep
+from exitcompiler.policies import CostModel, GoOn, Policy
+from exitcompiler.profile import measure_program
+from exitcompiler.program import Program
+from exitcompiler.progress import Reporter
+from exitcompiler.scores import ScoreTable
+from exitcompiler.settings import Settings
+
+__all__ = ["Built", "Round", "Selection", "select_points"]
+
+logger = logging.getLogger(__name__)
+
+ROUNDS = 3
+SHIPPED_DROPS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03)
+"""The accuracy drops for which an operating point is shipped, next to the one asked for."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """An operating point as a program, with its blocks measured.
+
+    Args:
+        program: Pruned, merged, with its gates.
+        point: The policy and what it is expected to do on fresh rows.
+        leave_us: Exit name -> time of a row that leaves there, by the measured blocks.
+        mean_us: Expected time of a row, by the measured blocks.
+    """
+
+    program: Program
+    point: FrontierPoint
+    leave_us: dict[str, float]
+    mean_us: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round of relearning came to.
+
+    Args:
+        exits: The exits that could be built.
+        kept: Those that were.
+        mean_us: Re-measured mean time of a row.
+    """
+
+    exits: tuple[str, ...]
+    kept: tuple[str, ...]
+    mean_us: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of learning.
+
+    Args:
+        frontier: The first round's, over all exits.
+        chosen: The point asked for.
+        shipped: Other points worth shipping, by falling accuracy; none equal to the chosen one.
+        rounds: What each round came to.
+    """
+
+    frontier: Frontier
+    chosen: Built
+    shipped: tuple[Built, ...]
+    rounds: tuple[Round, ...]
+
+
+def select_points(
+    candidates: Candidates,
+    table: ScoreTable,
+    costs: CostModel,
+    engines: Engines,
+    sample: Rows,
+    settings: Settings,
+    reporter: Reporter,
+) -> Selection:
+    """Learn gates, build the chosen program, measure it, learn again on what was measured.
+
+    A pruned exit never returns; at most three rounds; the round whose re-measured program is fastest
+    wins.
+
+    Args:
+        candidates: Exits and heads.
+        table: Scores on the learning rows.
+        costs: Of segments and heads apart.
+        engines: Of the target.
+        sample: Rows to measure on.
+        settings: The limit to keep.
+        reporter: Progress.
+
+    Raises:
+        CalibrationError: The learning rows cannot be used.
+        InputError: No operating point keeps the limit.
+    """
+    frontier = _sweep(table, costs, settings, reporter, "learning gates")
+    first = _fit(frontier, settings)
+    best = _build(candidates, table, first, engines, sample, settings)
+    rounds = [Round(table.exits, tuple(first.policy.kept), best.mean_us)]
+    current = best
+    while len(rounds) < ROUNDS and current.point.policy.kept:
+        allowed = tuple(current.point.policy.kept)
+        measured = _measured_costs(table, costs, current)
+        narrowed = _sweep(_restrict(table, allowed), measured, settings, reporter, "relearning gates")
+        point = _widen(_fit(narrowed, settings), table)
+        again = _build(candidates, table, point, engines, sample, settings)
+        rounds.append(Round(allowed, tuple(point.policy.kept), again.mean_us))
+        if _keeps_limit(again, settings) and again.mean_us < best.mean_us:
+            best = again
+        if tuple(point.policy.kept) == allowed:
+            break
+        current = again
+    shipped = _shipped(frontier, best, candidates, table, engines, sample, settings)
+    return Selection(frontier, best, shipped, tuple(rounds))
+
+
+def _sweep(
+    table: ScoreTable, costs: CostModel, settings: Settings, reporter: Reporter, title: str
+) -> Frontier:
+    with reporter.step(title, 1.0) as step:
+        done = 0.0
+
+        def on_step(count: int, total: int) -> None:
+            nonlocal done
+            step.advance(count / total - done)
+            done = count / total
+
+        return sweep(table, costs, seed=settings.seed, on_step=on_step)
+
+
+def _fit(frontier: Frontier, settings: Settings) -> FrontierPoint:
+    return frontier.fit(max_accuracy_drop=settings.drop_limit, latency_budget_us=settings.budget_us)
+
+
+def _keeps_limit(built: Built, settings: Settings) -> bool:
+    return settings.budget_us is None or built.mean_us <= settings.budget_us
+
+
+def _build(
+    candidates: Candidates,
+    table: ScoreTable,
+    point: FrontierPoint,
+    engines: Engines,
+    sample: Rows,
+    settings: Settings,
+) -> Built:
+    program = build_program(candidates, point.policy)
+    times = measure_program(program, engines, sample, settings.batch_size)
+    reached = np.cumsum([times[block.name] for block in program.blocks])
+    leave_us = {
+        name: float(time) for name, time in zip(program.exits, reached, strict=True)
+    }  # a chain has one exit per block
+    rates = point.estimate.exit_rates
+    mean_us = sum(leave_us.get(name, float(reached[-1])) * rate for name, rate in rates.items())
+    return Built(program, point, leave_us, mean_us)
+
+
+def _restrict(table: ScoreTable, exits: Sequence[str]) -> ScoreTable:
+    heads = {key: scores for key, scores in table.heads.items() if key[0] in exits}
+    return ScoreTable(tuple(exits), heads, table.backbone_logits, table.labels)
+
+
+def _measured_costs(table: ScoreTable, costs: CostModel, built: Built) -> CostModel:
+    """Costs over the kept exits alone, from the measured blocks; heads apart as measured before."""
+    kept = built.point.policy.kept
+    heads = {key: cost for key, cost in costs.head_us.items() if key[0] in kept}
+    times = np.diff([0.0, *built.leave_us.values()])
+    segments = []
+    for (name, decision), time in zip(kept.items(), times, strict=False):
+        segments.append(max(0.0, time - costs.overhead_us(name, decision)))
+    if len(times) > len(segments):
+        segments.append(float(times[-1]))
+    else:  # the last kept exit ends the network: what would come after it is as it was
+        segments.append(max(0.0, costs.whole_us - sum(segments)))
+    return CostModel(tuple(segments), heads, costs.gate_us, costs.plain_us)
+
+
+def _widen(point: FrontierPoint, table: ScoreTable) -> FrontierPoint:
+    """A point over some exits as one over all exits of the table."""
+    decisions = dict(zip(point.policy.exits, point.policy.decisions, strict=True))
+    policy = Policy(table.exits, tuple(decisions.get(name, GoOn()) for name in table.exits))
+    return replace(point, policy=policy)
+
+
+def _shipped(
+    frontier: Frontier,
+    chosen: Built,
+    candidates: Candidates,
+    table: ScoreTable,
+    engines: Engines,
+    sample: Rows,
+    settings: Settings,
+) -> tuple[Built, ...]:
+    """A handful of other points; those that cannot be had, or are no trade against the rest, are left out."""
+    points: list[FrontierPoint] = []
+    for drop in SHIPPED_DROPS:
+        try:
+            point = frontier.fit(max_accuracy_drop=drop)
+        except InputError:
+            continue
+        others = [chosen.point, *points]
+        if point.policy.kept and all(abs(point.accuracy_drop - o.accuracy_drop) > 1e-3 for o in others):
+            points.append(point)
+    programs = [build_program(candidates, point.policy) for point in points]
+    engines.load([block for program in programs for block in program.blocks], settings.batch_size)
+    return tuple(_build(candidates, table, point, engines, sample, settings) for point in points)

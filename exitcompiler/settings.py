@@ -1,0 +1,72 @@
+"""What the user asked for, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from exitcompiler.errors import InputError
+from exitcompiler.training import HeadRecipe
+
+__all__ = ["Settings"]
+
+DEFAULT_DROP: Final = 0.01
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of ``compile``; see there.
+
+    Raises:
+        InputError: An option makes no sense, or two contradict each other.
+    """
+
+    max_accuracy_drop: float | None = None
+    latency_budget_ms: float | None = None
+    backend: str = "auto"
+    precision: str = "fp32"
+    batch_size: int = 1
+    threads: int | None = None
+    seed: int = 0
+    max_exits: int = 4
+    recipe: HeadRecipe = field(default_factory=HeadRecipe)
+
+    def __post_init__(self) -> None:
+        if self.max_accuracy_drop is not None and self.latency_budget_ms is not None:
+            raise InputError(
+                "max_accuracy_drop and latency_budget_ms are both given",
+                remedy="give one; the other is reported, and select() moves along the frontier later",
+            )
+        if self.max_accuracy_drop is not None and not 0.0 <= self.max_accuracy_drop < 1.0:
+            raise InputError(
+                f"max_accuracy_drop={self.max_accuracy_drop} is not a share in 0..1",
+                remedy="one percentage point is 0.01",
+            )
+        if self.latency_budget_ms is not None and not self.latency_budget_ms > 0.0:
+            raise InputError(f"latency_budget_ms={self.latency_budget_ms} is not a positive time")
+        if self.precision not in ("fp32", "bf16"):
+            raise InputError(f"unknown precision {self.precision!r}", remedy="'fp32' or 'bf16'")
+        for name in ("batch_size", "max_exits"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name}={value!r} is not a positive whole number")
+
+    @property
+    def drop_limit(self) -> float | None:
+        """The accuracy drop to keep; None where a latency budget decides."""
+        if self.latency_budget_ms is not None:
+            return None
+        return DEFAULT_DROP if self.max_accuracy_drop is None else self.max_accuracy_drop
+
+    @property
+    def budget_us(self) -> float | None:
+        """The mean latency to keep, in microseconds per row; None where an accuracy drop decides."""
+        if self.latency_budget_ms is None:
+            return None
+        return self.latency_budget_ms * 1000.0 / self.batch_size
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report."""
+        values = asdict(self)
+        recipe = values.pop("recipe")
+        return {**values, "max_accuracy_drop": self.drop_limit, "recipe": recipe}

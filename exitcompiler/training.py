@@ -1,0 +1,227 @@
+"""Fits exit heads on a frozen backbone: one stream of the data trains all of them together.
+
+Nothing is cached, so memory stays bounded however much data there is, and a loader that augments
+gives fresh rows in every epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F  # noqa: N812
+
+from exitcompiler.data import Inputs, Labels, TrainingData
+from exitcompiler.errors import CalibrationError
+from exitcompiler.fx_utils import extract_body
+from exitcompiler.heads import classifier_weights
+from exitcompiler.program import Program
+from exitcompiler.progress import Step
+from exitcompiler.scores import HeadKey
+
+__all__ = ["FeatureStream", "HeadRecipe", "train_heads"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """How heads are trained.
+
+    Muon for convolutions and hidden layers, AdamW for the rest, one cycle of the learning rate, label
+    smoothing: what did best in trials on ResNet-56 (docs/heads.md). Distillation from the backbone
+    brought nothing there, since on its own training images its softmax is almost the label.
+
+    Args:
+        epochs: Passes over the training data; None: as many as ``row_budget`` allows, 2 to 20.
+        row_budget: How many rows to go through in all, counting each once per epoch.
+        batch_size: For data in memory; a loader makes its own batches.
+        muon_lr: Peak learning rate of convolutions and hidden layers.
+        adamw_lr: Peak learning rate of all other parameters.
+        weight_decay: Of convolutions and hidden layers.
+        label_smoothing: Of the cross entropy.
+        budget_share: What one deep head may cost, as a share of the backbone's operations.
+    """
+
+    epochs: int | None = None
+    row_budget: int = 300_000
+    batch_size: int = 128
+    muon_lr: float = 0.05
+    adamw_lr: float = 4e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    budget_share: float = 0.09
+
+    def epochs_for(self, rows: int) -> int:
+        """Passes over ``rows`` rows of training data."""
+        if self.epochs is not None:
+            return self.epochs
+        return min(20, max(2, round(self.row_budget / rows)))
+
+
+@dataclass(frozen=True)
+class FeatureStream:
+    """Runs the backbone up to the deepest value asked for, and hands out the values at the cuts.
+
+    Args:
+        body: From the model's inputs to the values.
+        values: Their names, in the body's order.
+        reduced: Whether to compute in bfloat16, where the processor is faster with it.
+    """
+
+    body: fx.GraphModule
+    values: tuple[str, ...]
+    reduced: bool
+
+    @classmethod
+    def of(cls, program: Program, values: Sequence[str]) -> FeatureStream:
+        """The stream of some values of a one-block program."""
+        block = program.entry
+        body = extract_body(block.body, list(block.params), list(values))
+        return cls(body, tuple(values), reduced=supports_bfloat16())
+
+    @torch.no_grad()
+    def __call__(self, inputs: Inputs) -> dict[str, Tensor]:
+        """The values for a batch, as float32 or bfloat16."""
+        names = [node.name for node in self.body.graph.nodes if node.op == "placeholder"]
+        with self.autocast():
+            outputs = self.body(*(_for_speed(inputs[name]) for name in names))
+        return dict(zip(self.values, outputs, strict=True))
+
+    def autocast(self) -> torch.autocast | nullcontext[None]:
+        """The context in which heads are to be trained on these values."""
+        return torch.autocast("cpu", torch.bfloat16) if self.reduced else nullcontext()
+
+
+def supports_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _for_speed(tensor: Tensor) -> Tensor:
+    # Convolutions on the CPU are faster on this layout; the values are the same.
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+class _Optimizer:
+    """Muon for hidden matrices, AdamW for the rest; both on one cycle."""
+
+    def __init__(self, heads: Sequence[nn.Module], recipe: HeadRecipe, steps: int) -> None:
+        parameters = [parameter for head in heads for parameter in head.parameters()]
+        classifiers = {id(weight) for head in heads for weight in classifier_weights(head)}
+        self._matrices = [p for p in parameters if p.ndim > 1 and id(p) not in classifiers]
+        # torch's Muon takes matrices only: a convolution is given to it as a view of one.
+        self._views = [nn.Parameter(p.detach().view(len(p), -1)) for p in self._matrices]
+        muon = torch.optim.Muon(self._views, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
+        matrices = {id(p) for p in self._matrices}
+        rest = [p for p in parameters if id(p) not in matrices]
+        adamw = torch.optim.AdamW(rest, lr=recipe.adamw_lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self._optimizers = (muon, adamw)
+        self._schedules = [
+            torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, max_lr=peak, total_steps=steps, pct_start=0.2, div_factor=10,
+                final_div_factor=1000, cycle_momentum=False,
+            )
+            for optimizer, peak in ((muon, recipe.muon_lr), (adamw, recipe.adamw_lr))
+        ]  # fmt: skip
+
+    def step(self) -> None:
+        for view, matrix in zip(self._views, self._matrices, strict=True):
+            view.grad = None if matrix.grad is None else matrix.grad.reshape(view.shape)
+        for optimizer in self._optimizers:
+            optimizer.step()  # type: ignore[no-untyped-call]
+        for schedule in self._schedules:
+            schedule.step()
+        for parameter in (*self._matrices, *self._optimizers[1].param_groups[0]["params"]):
+            parameter.grad = None
+
+
+def train_heads(
+    stream: FeatureStream,
+    heads: Mapping[HeadKey, nn.Module],
+    reads: Mapping[HeadKey, str],
+    data: TrainingData,
+    *,
+    rows: int,
+    batches: int,
+    recipe: HeadRecipe,
+    seed: int,
+    step: Step,
+    target: str | None = None,
+) -> int:
+    """Train all heads on one stream of the frozen backbone, in place.
+
+    Args:
+        stream: Gives every value in ``reads``, and ``target`` where it is given.
+        heads: (exit, kind) -> module from cut value to logits.
+        reads: (exit, kind) -> name of the cut value.
+        data: Where rows come from.
+        rows: How many there are in an epoch.
+        batches: How many batches an epoch has.
+        recipe: How to train.
+        seed: Of the order of rows.
+        step: Progress, one unit a batch.
+        target: The backbone's logits, where there are no labels: heads learn its answers.
+
+    Returns:
+        The number of epochs.
+
+    Raises:
+        CalibrationError: The loss is not finite, or labels are out of range.
+    """
+    epochs = recipe.epochs_for(rows)
+    generator = torch.Generator().manual_seed(seed)
+    # One batch of slack an epoch: a loader may give one more than it did when it was counted.
+    optimizer = _Optimizer(list(heads.values()), recipe, epochs * (batches + 1))
+    for head in heads.values():
+        head.train()
+    for epoch in range(epochs):
+        for number, (inputs, labels) in enumerate(data.epoch(recipe.batch_size, generator)):
+            if number > batches or len(next(iter(inputs.values()))) < 2:  # batch norm needs two rows
+                continue
+            values = stream(inputs)
+            targets = _targets(labels, None if target is None else values[target])
+            loss = _backward(stream, heads, reads, values, targets, recipe)
+            optimizer.step()
+            step.advance(note=f"epoch {epoch + 1}/{epochs}, loss {loss:.3f}")
+    for head in heads.values():
+        head.eval()
+    logger.info("trained %d heads for %d epochs of %d rows", len(heads), epochs, rows)
+    return epochs
+
+
+def _backward(
+    stream: FeatureStream,
+    heads: Mapping[HeadKey, nn.Module],
+    reads: Mapping[HeadKey, str],
+    values: Mapping[str, Tensor],
+    labels: Tensor,
+    recipe: HeadRecipe,
+) -> float:
+    """Run every head, add up gradients, give the mean of the losses."""
+    total = 0.0
+    for key, head in heads.items():
+        with stream.autocast():
+            logits = head(values[reads[key]])
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+    if not math.isfinite(total):
+        raise CalibrationError(
+            "the loss of the exit heads is not finite",
+            where="fitting heads",
+            remedy="look for extreme values in the training inputs, or lower the recipe's learning rates",
+        )
+    return total / len(heads)
+
+
+def _targets(labels: Labels | None, backbone_logits: Tensor | None) -> Tensor:
+    if labels is not None:
+        return torch.from_numpy(labels)
+    assert backbone_logits is not None
+    return backbone_logits.argmax(dim=1)

@@ -1,0 +1,379 @@
+"""The compiled model: what the user calls."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exitcompiler.controlflow import BlockInterface, Branch, ControlFlow, LinearGate, engine_signature
+from exitcompiler.errors import ArtifactError, InputError
+from exitcompiler.runtime.backends import Array, Backend, Engine
+from exitcompiler.runtime.forcing import force_exit
+from exitcompiler.runtime.inputs import InputReader, as_tensor, finite_check, require_finite
+from exitcompiler.runtime.manifest import MODEL_FILE, Artifact, Execution, Manifest, OperatingPoint
+from exitcompiler.runtime.rows import BatchExecutor, single_file_signature
+from exitcompiler.runtime.single_row import OneFileExecutor, SingleRowExecutor
+
+__all__ = ["CompiledModel", "EnginePool", "OperatingPoints", "Result"]
+
+
+_Answer: TypeAlias = tuple[list[Array], "int | NDArray[np.int32]", bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `CompiledModel.run` returns; torch tensors where the caller passed tensors.
+
+    Args:
+        outputs: What the model returns, in its structure.
+        exit_index: ``int32[batch]``, which of ``CompiledModel.exits`` each row took.
+        confidence: ``float32[batch]``, the softmax probability of each row's answer.
+    """
+
+    outputs: Any
+    exit_index: Any
+    confidence: Any
+
+
+class OperatingPoints(Sequence[OperatingPoint]):
+    """The shipped frontier."""
+
+    def __init__(self, points: Sequence[OperatingPoint]) -> None:
+        self._points = tuple(points)
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __iter__(self) -> Iterator[OperatingPoint]:
+        return iter(self._points)
+
+    @overload
+    def __getitem__(self, index: int) -> OperatingPoint: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[OperatingPoint]: ...
+
+    def __getitem__(self, index: int | slice) -> OperatingPoint | Sequence[OperatingPoint]:
+        return self._points[index]
+
+    def __repr__(self) -> str:
+        return f"OperatingPoints({[point.name for point in self._points]})"
+
+    def select(
+        self,
+        *,
+        max_accuracy_drop: float | None = None,
+        latency_budget_ms: float | None = None,
+        name: str | None = None,
+    ) -> OperatingPoint:
+        """Choose a point by exactly one criterion.
+
+        Args:
+            max_accuracy_drop: The fastest point that drops at most this much (net, 0..1).
+            latency_budget_ms: The most accurate point whose mean latency is at most this.
+            name: The point of this name.
+
+        Raises:
+            InputError: No point meets it, or not exactly one criterion is given.
+        """
+        if sum(value is not None for value in (max_accuracy_drop, latency_budget_ms, name)) != 1:
+            raise InputError("give exactly one of max_accuracy_drop, latency_budget_ms and name")
+        if name is not None:
+            chosen = [point for point in self if point.name == name]
+            nearest = f"choose one of {[point.name for point in self]}"
+        elif max_accuracy_drop is not None:
+            chosen = sorted(
+                (p for p in self if p.estimate.accuracy_drop <= max_accuracy_drop),
+                key=lambda p: (p.estimate.mean_latency_ms, p.estimate.accuracy_drop),
+            )
+            nearest = f"the smallest drop on offer is {min(p.estimate.accuracy_drop for p in self):.4g}"
+        else:
+            assert latency_budget_ms is not None
+            chosen = sorted(
+                (p for p in self if p.estimate.mean_latency_ms <= latency_budget_ms),
+                key=lambda p: (p.estimate.accuracy_drop, p.estimate.mean_latency_ms),
+            )
+            nearest = f"the fastest takes {min(p.estimate.mean_latency_ms for p in self):.4g} ms in the mean"
+        if not chosen:
+            raise InputError("no operating point meets this", where="select", remedy=nearest)
+        return chosen[0]
+
+
+class EnginePool:
+    """The engines of an artifact, made when first needed and shared by its operating points.
+
+    Args:
+        artifact: Where the models are.
+        backend: What makes engines of them.
+    """
+
+    def __init__(self, artifact: Artifact, backend: Backend) -> None:
+        self.artifact = artifact
+        self.backend = backend
+        self._engines: dict[tuple[object, ...], Engine] = {}
+        self._lock = threading.Lock()
+
+    def block(self, point: OperatingPoint, block: BlockInterface, static_batch: int | None) -> Engine:
+        """The engine of a block of ``point``."""
+        signature, terminator = engine_signature(block), block.terminator
+        gate = terminator.gate if isinstance(terminator, Branch) else None
+        reads = gate.reads if isinstance(gate, LinearGate) else ()
+        batch = static_batch if self.backend.specialises else None
+        names = (tuple(signature.inputs), tuple(signature.outputs), tuple(block.results), reads)
+        key = (point.files[block.name], point.torch_files.get(block.name), names, batch)
+        with self._lock:
+            if key not in self._engines:
+                self._engines[key] = self.backend.load_block(
+                    self.artifact.files, point, block, static_batch=batch
+                )
+            return self._engines[key]
+
+    def one_file(self, flow: ControlFlow) -> Engine:
+        """The engine of the one-file model, for one row."""
+        with self._lock:
+            key = (MODEL_FILE,)
+            if key not in self._engines:
+                model = self.artifact.files[MODEL_FILE]
+                self._engines[key] = self.backend.load(model, single_file_signature(flow), static_batch=1)
+            return self._engines[key]
+
+
+class CompiledModel:
+    """A program that answers easy rows early. Call it as you would call the model.
+
+    Numpy in, numpy out; torch in, torch out. What it returns is the caller's own. Calls from several
+    threads are safe and take turns; to answer in parallel, load it once per thread with ``threads=1``.
+
+    Args:
+        artifact: What was compiled.
+        backend: What runs it.
+        point: Index of the operating point; None: the artifact's own choice.
+        check_finite: Refuse NaN and infinity in floating-point inputs (costs about a microsecond).
+        forced: Take this exit for every row, whatever the gates say.
+        notes: What the caller should know about how it was loaded.
+        engines: Shared with another model of the same artifact and backend.
+
+    Raises:
+        InputError: There is no exit ``forced``.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        backend: Backend,
+        *,
+        point: int | None = None,
+        check_finite: bool = True,
+        forced: str | None = None,
+        notes: Sequence[str] = (),
+        engines: EnginePool | None = None,
+    ) -> None:
+        manifest = artifact.manifest
+        self.artifact = artifact
+        self.backend = backend
+        self.notes = tuple(notes)
+        self._index = manifest.selected if point is None else point
+        self._point = manifest.operating_points[self._index]
+        self._flow = self._point.control_flow
+        if forced is not None:
+            self._flow = force_exit(self._flow, forced)
+        self._forced = forced
+        self._check_finite = check_finite
+        self._engines = EnginePool(artifact, backend) if engines is None else engines
+        self._reader = InputReader(manifest.inputs)
+        self._names = tuple(manifest.inputs)
+        self._structure = manifest.output_structure
+        self._lock = threading.Lock()
+        self._batch: BatchExecutor | None = None
+        self._single: SingleRowExecutor | OneFileExecutor | None = None
+        self._check: Callable[[], None] = lambda: None
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the artifact says about itself."""
+        return self.artifact.manifest
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Names of the exits in the order of the program; the last is the deepest."""
+        return self._flow.exits
+
+    @property
+    def operating_point(self) -> OperatingPoint:
+        """The point that runs."""
+        return self._point
+
+    @property
+    def operating_points(self) -> OperatingPoints:
+        """The frontier that was shipped."""
+        return OperatingPoints(self.manifest.operating_points)
+
+    @property
+    def execution(self) -> Execution:
+        """How single rows run: an engine per block, or one engine of the one-file model."""
+        one_file = (
+            self._point.execution == "single"
+            and self._forced is None
+            and self._index == self.manifest.one_file
+            and self.backend.name != "torch"
+        )
+        return "single" if one_file else "blocks"
+
+    @property
+    def plain(self) -> CompiledModel:
+        """The untouched backbone on the same backend and threads, to compare with."""
+        return self._at(self.manifest.plain)
+
+    def select(
+        self,
+        *,
+        max_accuracy_drop: float | None = None,
+        latency_budget_ms: float | None = None,
+        name: str | None = None,
+    ) -> CompiledModel:
+        """The same model at another operating point, sharing files and engines.
+
+        Args:
+            max_accuracy_drop: The fastest point that drops at most this much (net, 0..1).
+            latency_budget_ms: The most accurate point whose mean latency is at most this.
+            name: The point of this name.
+
+        Raises:
+            InputError: No point meets it, or not exactly one criterion is given.
+        """
+        points = self.operating_points
+        chosen = points.select(
+            max_accuracy_drop=max_accuracy_drop, latency_budget_ms=latency_budget_ms, name=name
+        )
+        return self._at([point.name for point in points].index(chosen.name))
+
+    def forced(self, exit_name: str) -> CompiledModel:
+        """The same program with every row sent to one exit: for parity checks and timing.
+
+        Raises:
+            InputError: There is no such exit.
+        """
+        return self._at(self._index, forced=exit_name)
+
+    def _at(self, point: int, forced: str | None = None) -> CompiledModel:
+        return CompiledModel(
+            self.artifact,
+            self.backend,
+            point=point,
+            check_finite=self._check_finite,
+            forced=forced,
+            notes=self.notes,
+            engines=self._engines,
+        )
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """What the model returns, for any batch of at least one row.
+
+        Args:
+            inputs: Arrays or tensors, in the model's order; or one dict by name.
+            named: The same, by name.
+
+        Raises:
+            InputError: The inputs do not fit the model.
+        """
+        (logits, *_), _, torch_given = self._answer(inputs, named)
+        return self._wrap(logits, torch_given)
+
+    def run(self, *inputs: Any, **named: Any) -> Result:
+        """Like calling it, and says where each row left and how sure it was.
+
+        Raises:
+            InputError: The inputs do not fit the model.
+        """
+        (logits, *_), exits, torch_given = self._answer(inputs, named)
+        exit_index: Any = np.array([exits], np.int32) if isinstance(exits, int) else exits
+        spread = np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+        confidence: Any = (1.0 / spread).astype(np.float32)  # a softmax's largest term is exp(0) / sum
+        if torch_given:
+            exit_index, confidence = as_tensor(exit_index), as_tensor(confidence)
+        return Result(self._wrap(logits, torch_given), exit_index, confidence)
+
+    def _answer(self, inputs: Sequence[Any], named: dict[str, Any]) -> _Answer:
+        """The outputs, the exit of each row (a number for a single row), and whether torch was given."""
+        arrays, rows, torch_given = self._reader.read(inputs, named)
+        if rows == 1:
+            with self._lock:
+                single = self._single
+                if single is None:
+                    single = self._single = self._make_single()
+                    self._check = finite_check(dict(zip(self._names, single.inputs, strict=True)))
+                for buffer, array in zip(single.inputs, arrays, strict=True):
+                    buffer[...] = array
+                if self._check_finite:
+                    self._check()
+                values, exit_index = single.run()
+                return [value.copy() for value in values], exit_index, torch_given
+        if self._check_finite:
+            for name, array in zip(self._names, arrays, strict=True):
+                require_finite(name, array)
+        with self._lock:
+            if self._batch is None:
+                self._batch = BatchExecutor(self._flow, self._engine)
+            outputs, exits = self._batch.run(arrays, rows)
+        return outputs, exits, torch_given
+
+    def _make_single(self) -> SingleRowExecutor | OneFileExecutor:
+        if self.execution == "single":
+            return OneFileExecutor(self._engines.one_file(self._flow))
+        return SingleRowExecutor(self._flow, self._engine)
+
+    def _engine(self, block: BlockInterface, static_batch: int | None) -> Engine:
+        return self._engines.block(self._point, block, static_batch)
+
+    def _wrap(self, logits: Array, torch_given: bool) -> Any:
+        value = as_tensor(logits) if torch_given else logits
+        if self._structure.kind == "dict":
+            return {self._structure.key: value}
+        return (value,) if self._structure.kind == "tuple" else value
+
+    def explain(self) -> str:
+        """What the compiler kept and pruned, and why, as text."""
+        from exitcompiler.runtime.explain import explain
+
+        return explain(self.artifact.report)
+
+    def report(self, path: str | PathLike[str]) -> None:
+        """Write the report as one self-contained HTML file.
+
+        Args:
+            path: Where to.
+        """
+        from exitcompiler.report import write_report
+
+        write_report(self.artifact.report, self._point.control_flow, path)
+
+    def save(self, path: str | PathLike[str], *, torch: bool = False, overwrite: bool = True) -> None:
+        """Write the artifact, with this operating point selected. An old one stays whole until the end.
+
+        Args:
+            path: A folder to make; ending in ``.zip``: one zip file.
+            torch: Also store the block graphs for the torch backend.
+            overwrite: Replace an artifact that is there.
+
+        Raises:
+            ArtifactError: It cannot be written, or the path holds something else.
+        """
+        from exitcompiler.artifact import save_artifact
+
+        if self._forced is not None:
+            raise ArtifactError("a program forced to one exit cannot be saved", where="save")
+        manifest = replace(self.manifest, selected=self._index)
+        save_artifact(replace(self.artifact, manifest=manifest), path, torch=torch, overwrite=overwrite)
+
+    def __repr__(self) -> str:
+        threads = f"{self.backend.threads} thread{'s' if self.backend.threads > 1 else ''}"
+        return (
+            f"CompiledModel({self._point.name!r}: exits {list(self.exits)}, "
+            f"{self.backend.name} {self.backend.precision}, {threads})"
+        )

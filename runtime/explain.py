@@ -1,0 +1,337 @@
+"""Why a compiled program is what it is, in plain text, from its report alone.
+
+The report is the JSON-able dict that ``compile`` makes and ``save`` writes as ``report.json``. Every key
+of it may be missing: what is there is shown.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "certificate_sentence",
+    "explain",
+    "format_duration",
+    "format_share",
+    "format_text_table",
+    "headline",
+    "points_to_list",
+    "reason_text",
+    "runs_sentence",
+]
+
+_WIDTH = 98
+_MOST_POINTS = 10
+
+
+def explain(report: Mapping[str, Any]) -> str:
+    """Say what was chosen and why: per exit kept or pruned, the frontier, the certificate.
+
+    Args:
+        report: The report of a compiled program.
+
+    Returns:
+        Lines of at most 98 columns, without a newline at the end.
+
+    Raises:
+        TypeError: A value of the report has another type than the schema says.
+    """
+    sections = (
+        _wrap(headline(report)),
+        _facts(report),
+        _exits(_list(report, "exits")),
+        _frontier(_list(report, "frontier")),
+        _baselines(report),
+        _section("Certificate", certificate_sentence(_dict(report, "certificate"))),
+        _rounds(_list(report, "rounds")),
+        _notes(_list(report, "notes")),
+    )
+    return "\n\n".join(section for section in sections if section)
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """One sentence: what the compilation came to.
+
+    Raises:
+        TypeError: A value of the report has another type than the schema says.
+    """
+    name = _dict(report, "model").get("name") or "model"
+    if report.get("refused"):
+        return f"{name}: no exits were added, the plain network is returned. {_sentence(report['refused'])}"
+    exits = _list(report, "exits")
+    kept = [exit["name"] for exit in exits if exit.get("kept")]
+    text = f"{name}: {_count(len(kept), 'exit')} kept"
+    if exits:
+        text += f" of {len(exits)} tried"
+    speedup = _dict(_dict(report, "latency"), "speedup")
+    if speedup.get("value") is not None:
+        text += f", {speedup['value']:.2f}x as fast as the whole network"
+        if speedup.get("lower") is not None and speedup.get("upper") is not None:
+            text += f" (95% interval {speedup['lower']:.2f} to {speedup['upper']:.2f})"
+    chosen = _chosen(report)
+    if chosen.get("accuracy_drop") is not None:
+        text += f", accuracy drop {_points(chosen['accuracy_drop'])}"
+    return text + "."
+
+
+def certificate_sentence(certificate: Mapping[str, Any]) -> str:
+    """What the certify rows prove about the excess error, and what a tighter proof would take.
+
+    Args:
+        certificate: ``rows``, ``errors``, ``bound`` and ``confidence``; also ``target`` and
+            ``rows_needed`` where the bound is above the accuracy drop that was asked for.
+
+    Returns:
+        Empty if there is no bound.
+    """
+    bound = certificate.get("bound")
+    if bound is None:
+        return ""
+    text = (
+        f"With {100 * certificate.get('confidence', 0.95):g}% confidence the excess error "
+        f"(wrong where the whole network is right) is at most {format_share(bound)}"
+    )
+    rows, errors = certificate.get("rows"), certificate.get("errors")
+    if rows is not None and errors is not None:
+        text += f": it was seen on {errors} of {_count(rows, 'held-out row')}"
+    text += ". It bounds the accuracy drop."
+    target, needed = certificate.get("target"), certificate.get("rows_needed")
+    if target is not None and needed is not None and (rows is None or needed > rows):
+        text += (
+            f" To show {format_share(target)} you would need about {needed} certify rows at this error rate."
+        )
+    elif target is not None and needed is None and bound > target:
+        text += (
+            f" The error rate seen is too close to {format_share(target)} to show it with any number of rows."
+        )
+    return text
+
+
+def runs_sentence(report: Mapping[str, Any]) -> str:
+    """On what, and how, the program runs: backend, precision, threads, batch size, engines."""
+    settings, latency = _dict(report, "settings"), _dict(report, "latency")
+    parts = []
+    backend = latency.get("backend") or settings.get("backend")
+    if backend:
+        parts.append(f"on {backend}")
+    if settings.get("precision"):
+        parts.append(f"in {settings['precision']}")
+    threads = latency.get("threads") or settings.get("threads")
+    if threads:
+        parts.append(f"with {_count(threads, 'thread')}")
+    if settings.get("batch_size"):
+        parts.append(f"for batches of {settings['batch_size']}")
+    execution = latency.get("execution")
+    if execution:
+        known = {
+            "single": "as one engine (the faster way here)",
+            "blocks": "as one engine per block (the faster way here)",
+        }
+        parts.append(known.get(execution, str(execution)))
+    return ", ".join(parts)
+
+
+def reason_text(exit: Mapping[str, Any]) -> str:
+    """Why an exit was kept or pruned, as a sentence that does not say which of the two again."""
+    reason = exit.get("reason") or ""
+    return _sentence(reason.removeprefix("kept: ").removeprefix("pruned: ")) if reason else ""
+
+
+def points_to_list(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The points of a frontier that a table has room for: all if few, else those that can be selected."""
+    if len(points) <= _MOST_POINTS:
+        return list(points)
+    return [point for point in points if point.get("shipped") or point.get("chosen")]
+
+
+def format_share(share: float) -> str:
+    """A share of 1 in per cent, to three digits: ``0.0123`` -> ``1.23%``, ``0.938`` -> ``93.8%``."""
+    percent = 100 * share
+    return f"{percent:.2f}%" if abs(percent) < 9.995 else f"{percent:.1f}%"
+
+
+def format_duration(milliseconds: float) -> str:
+    """A duration to three digits, in microseconds below one tenth of a millisecond."""
+    unit, value = "ms", milliseconds
+    if value < 0.1:
+        unit, value = "us", 1000 * milliseconds
+    elif value >= 1000:
+        unit, value = "s", milliseconds / 1000
+    return f"{f'{value:#.3g}'.removesuffix('.')} {unit}"
+
+
+def format_text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table in plain text: first column left, all others right; two spaces indent."""
+    table = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = []
+    for row in table:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return lines
+
+
+def _facts(report: Mapping[str, Any]) -> str:
+    lines = []
+    chosen, latency, rows = _chosen(report), _dict(report, "latency"), _dict(report, "rows")
+    if chosen:
+        text = str(chosen.get("name", "the chosen point"))
+        if chosen.get("accuracy") is not None:
+            text += f": accuracy {format_share(chosen['accuracy'])}"
+        if chosen.get("excess_error") is not None:
+            text += f", excess error {format_share(chosen['excess_error'])}"
+        lines.append(("Chosen", text))
+    program, plain = _dict(latency, "program"), _dict(latency, "plain")
+    if program.get("mean_ms") is not None:
+        text = f"mean {format_duration(program['mean_ms'])}"
+        if plain.get("mean_ms") is not None:
+            text += f" against {format_duration(plain['mean_ms'])} for the whole network"
+        if program.get("p99_ms") is not None and plain.get("p99_ms") is not None:
+            text += f" (p99 {format_duration(program['p99_ms'])} against {format_duration(plain['p99_ms'])})"
+        lines.append(("Latency", text))
+    runs = runs_sentence(report)
+    if runs:
+        lines.append(("Runs", runs))
+    if rows:
+        lines.append(
+            ("Rows", ", ".join(f"{count} to {use}" for use, count in rows.items() if count is not None))
+        )
+    return "\n".join(_wrap(text, first=f"  {label:<9}", rest=" " * 11) for label, text in lines)
+
+
+def _exits(exits: Sequence[Mapping[str, Any]]) -> str:
+    if not exits:
+        return ""
+    width = max(len(str(exit.get("name"))) for exit in exits)
+    lines = ["Exits"]
+    for exit in exits:
+        verdict = "kept  " if exit.get("kept") else "pruned"
+        first = f"  {exit.get('name')!s:<{width}}  {verdict}  "
+        lines.append(_wrap(_exit_text(exit), first=first, rest=" " * len(first)))
+    return "\n".join(lines)
+
+
+def _exit_text(exit: Mapping[str, Any]) -> str:
+    facts = []
+    if exit.get("depth") is not None:
+        facts.append(f"at {100 * exit['depth']:.0f}% of the network's time")
+    if exit.get("head"):
+        accuracy = exit.get("head_accuracy")
+        facts.append(
+            f"{exit['head']} head" + ("" if accuracy is None else f" right on {format_share(accuracy)}")
+        )
+    elif exit.get("probe_accuracy") is not None:
+        facts.append(f"linear probe right on {format_share(exit['probe_accuracy'])}")
+    if exit.get("kept") and exit.get("exit_rate") is not None:
+        leaves = f"{format_share(exit['exit_rate'])} of the rows leave here"
+        if exit.get("exit_accuracy") is not None:
+            leaves += f", {format_share(exit['exit_accuracy'])} of them right"
+        facts.append(leaves)
+    text = "; ".join(facts)
+    reason = reason_text(exit)
+    return f"{text}. {reason}" if text and reason else f"{text}{reason}"
+
+
+def _frontier(points: Sequence[Mapping[str, Any]]) -> str:
+    if not points:
+        return ""
+    rows = []
+    for point in points_to_list(points):
+        rates = ", ".join(
+            f"{name} {100 * rate:.0f}" for name, rate in (point.get("exit_rates") or {}).items()
+        )
+        rows.append((
+            f"{'*' if point.get('chosen') else '+' if point.get('shipped') else ' '} {point.get('name', '')}",
+            _or_dash(point.get("accuracy"), format_share),
+            _or_dash(point.get("accuracy_drop"), _points),
+            _or_dash(point.get("mean_latency_ms"), format_duration),
+            _or_dash(point.get("speedup"), lambda ratio: f"{ratio:.2f}x"),
+            rates,
+        ))  # fmt: skip
+    lines = [
+        f"Frontier, {len(points)} points, as estimated  (* chosen, + in the artifact; exits in % of the rows)"
+    ]
+    table = format_text_table(("  point", "accuracy", "drop", "mean", "speed-up"), [row[:5] for row in rows])
+    lines.append(table[0] + "  exits")
+    for line, row in zip(table[1:], rows, strict=True):
+        lines.append(_wrap(row[5], first=line + "  ", rest=" " * (len(line) + 2)) if row[5] else line)
+    return "\n".join(lines)
+
+
+def _baselines(report: Mapping[str, Any]) -> str:
+    """How the same heads would do without learned gates, at the chosen point's accuracy."""
+    limit = _dict(report, "settings").get("max_accuracy_drop")
+    if limit is None:
+        return ""
+    found = []
+    for name, points in _dict(report, "baselines").items():
+        latencies = [p["mean_latency_ms"] for p in points if p["accuracy_drop"] <= limit]
+        if latencies:
+            label = "soft oracle (a bound)" if name == "oracle" else name.replace("_", " ")
+            found.append(f"{label} {format_duration(min(latencies))}")
+    if not found:
+        return ""
+    text = f"estimated mean latency at a drop of at most {_points(limit)}: {', '.join(found)}."
+    return _section("The same heads without learned gates", text)
+
+
+def _rounds(rounds: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for number, done in enumerate(rounds, start=1):
+        exits = ", ".join(done.get("exits") or ()) or "no exit"
+        mean = _or_dash(done.get("mean_latency_ms"), format_duration)
+        lines.append(_wrap(f"{exits}: mean {mean}", first=f"  {number}  ", rest=" " * 5))
+    return "\n".join(["Rounds of learning and pruning", *lines]) if lines else ""
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return "\n".join(["Notes", *(_wrap(note, first="  - ", rest="    ") for note in notes)]) if notes else ""
+
+
+def _section(title: str, text: str) -> str:
+    return f"{title}\n{_wrap(text, first='  ', rest='  ')}" if text else ""
+
+
+def _wrap(text: str, *, first: str = "", rest: str = "") -> str:
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _chosen(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next((point for point in _list(report, "frontier") if point.get("chosen")), {})
+
+
+def _dict(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = mapping.get(key)
+    return {} if value is None else value
+
+
+def _list(mapping: Mapping[str, Any], key: str) -> Sequence[Any]:
+    value = mapping.get(key)
+    return () if value is None else value
+
+
+def _or_dash(value: Any, show: Any) -> str:
+    return "-" if value is None else str(show(value))
+
+
+def _points(drop: float) -> str:
+    return f"{100 * drop:.2f} points"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
+
+
+def _sentence(text: str) -> str:
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -1,0 +1,153 @@
+"""What an artifact says about itself: plain data, the same in memory and on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeAlias
+
+from exitcompiler.controlflow import ControlFlow, OutputStructure, ValueSpec
+
+__all__ = [
+    "MANIFEST_FILE",
+    "MODEL_FILE",
+    "REPORT_FILE",
+    "SCHEMA_VERSION",
+    "Artifact",
+    "Estimate",
+    "Execution",
+    "FileEntry",
+    "Json",
+    "Manifest",
+    "OperatingPoint",
+    "block_path",
+    "torch_paths",
+]
+
+SCHEMA_VERSION: Final = 1
+
+MANIFEST_FILE: Final = "manifest.json"
+MODEL_FILE: Final = "model.onnx"
+REPORT_FILE: Final = "report.json"
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+Execution: TypeAlias = Literal["blocks", "single"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """What a file must be to be read.
+
+    Args:
+        sha256: Of the content, 64 lower-case hexadecimal digits.
+        size_bytes: Its exact length.
+    """
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What an operating point was measured to do when it was compiled.
+
+    Args:
+        accuracy: Share of rows answered right (without labels: as the backbone answers), 0..1.
+        accuracy_drop: The backbone's accuracy minus this one, on the same rows (net).
+        excess_error: Share of rows wrong here and right in the backbone.
+        mean_latency_ms: Per call at the batch size compiled for, weighted by ``exit_rates``.
+        exit_rates: Exit name -> share of rows that leave there; one for every exit.
+    """
+
+    accuracy: float
+    accuracy_drop: float
+    excess_error: float
+    mean_latency_ms: float
+    exit_rates: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class OperatingPoint:
+    """One pruned program over the shared pool of blocks, with its learned gates.
+
+    Args:
+        name: Unique in the artifact.
+        control_flow: Blocks, edges, gates.
+        files: Block name -> file in the pool, ``"<sha256>.onnx"``; blocks that need no engine have none.
+        estimate: What it was measured to do.
+        execution: How one row is run: an engine per block, or one engine of the one-file model.
+        torch_files: Block name -> stem of ``torch/<stem>.json`` and ``.safetensors``; empty without torch.
+        extensions: What later versions add; kept as it is, never interpreted here.
+    """
+
+    name: str
+    control_flow: ControlFlow
+    files: Mapping[str, str]
+    estimate: Estimate
+    execution: Execution = "blocks"
+    torch_files: Mapping[str, str] = field(default_factory=dict)
+    extensions: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything about an artifact but the weights.
+
+    Args:
+        inputs: The model's inputs, in order.
+        outputs: The program's one output: logits, ``[batch, classes]``.
+        output_structure: How the logits are wrapped for the caller.
+        backend: The backend it was compiled and measured for.
+        precision: The precision its gates were learned at.
+        threads: The thread count it was measured with; None: the machine's.
+        batch_size: The batch size it was optimised for.
+        operating_points: The shipped frontier, and the plain backbone.
+        selected: Index of the point that runs.
+        plain: Index of the untouched backbone, a program of one block.
+        one_file: Index of the point that ``model.onnx`` holds; None: there is no such file.
+        certificate: The finite-sample bound on the accuracy drop, if there is one.
+        environment: Versions and machine, as found when compiling.
+        files: Path in the artifact -> hash and size; filled in when it is saved.
+        extensions: What later versions add; kept as it is, never interpreted here.
+    """
+
+    inputs: Mapping[str, ValueSpec]
+    outputs: Mapping[str, ValueSpec]
+    output_structure: OutputStructure
+    backend: str
+    precision: str
+    threads: int | None
+    batch_size: int
+    operating_points: tuple[OperatingPoint, ...]
+    selected: int
+    plain: int
+    one_file: int | None = None
+    certificate: Mapping[str, Json] | None = None
+    environment: Mapping[str, Json] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    extensions: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A compiled program: what ``compile`` makes, ``save`` writes and ``load`` reads.
+
+    Args:
+        manifest: What it is.
+        files: Path in the artifact (``blocks/<sha256>.onnx``, ``model.onnx``, ...) -> content.
+        report: What the compiler found out; ``explain`` and the HTML report are drawn from it.
+    """
+
+    manifest: Manifest
+    files: Mapping[str, bytes]
+    report: Mapping[str, Json] = field(default_factory=dict)
+
+
+def block_path(file: str) -> str:
+    """Where a file of the pool lies in the artifact."""
+    return f"blocks/{file}"
+
+
+def torch_paths(stem: str) -> tuple[str, str]:
+    """Where a block's graph and its weights for the torch backend lie in the artifact."""
+    return f"torch/{stem}.json", f"torch/{stem}.safetensors"

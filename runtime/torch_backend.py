@@ -1,0 +1,138 @@
+"""The torch backend: blocks as FX graphs, gates evaluated here. The reference for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from exitcompiler.controlflow import (
+    ACTION,
+    GATE_BIAS,
+    GATE_WEIGHT,
+    BlockInterface,
+    Branch,
+    EngineSignature,
+    LinearGate,
+    engine_signature,
+)
+from exitcompiler.errors import ArtifactError, LoweringError
+from exitcompiler.runtime.backends import Array, Engine, require_precision
+from exitcompiler.runtime.manifest import OperatingPoint, torch_paths
+
+__all__ = ["Body", "TorchBackend", "torch_engine"]
+
+Body: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
+"""A block's body: its params, in order, to its results, in order."""
+
+_NAME = "torch"
+
+
+class TorchBackend:
+    """Engines that run a block's graph in torch, in eval mode and without gradients."""
+
+    name = _NAME
+    specialises = False
+
+    def __init__(self, *, precision: str = "fp32", threads: int) -> None:
+        require_precision(_NAME, precision, ("fp32",))
+        self.precision = precision
+        self.threads = threads
+
+    def load(self, model: bytes, signature: EngineSignature, *, static_batch: int | None = None) -> Engine:
+        """Torch runs no ONNX.
+
+        Raises:
+            LoweringError: Always.
+        """
+        raise LoweringError(
+            "the torch backend does not run ONNX models",
+            where="backend 'torch'",
+            remedy="use backend='onnxruntime' or 'openvino'",
+        )
+
+    def load_block(
+        self,
+        files: Mapping[str, bytes],
+        point: OperatingPoint,
+        block: BlockInterface,
+        *,
+        static_batch: int | None = None,
+    ) -> Engine:
+        """Make an engine of a block's graph and weights in the artifact.
+
+        Raises:
+            ArtifactError: The artifact was saved without them.
+        """
+        from exitcompiler.runtime.torch_graphs import load_body
+
+        if block.name not in point.torch_files:
+            raise ArtifactError(
+                f"the artifact holds no torch graph of block {block.name!r}",
+                where="backend 'torch'",
+                remedy="save it with save(path, torch=True), or use another backend",
+            )
+        graph, weights = torch_paths(point.torch_files[block.name])
+        return torch_engine(block, load_body(files[graph], files[weights]), threads=self.threads)
+
+
+def torch_engine(block: BlockInterface, body: Body, *, threads: int | None = None) -> Engine:
+    """An engine that runs ``body``, and the gate of ``block`` after it.
+
+    Args:
+        block: Tells the signature and what the gate reads.
+        body: Params to results, as tensors.
+        threads: Torch threads during a call; None: as they are.
+    """
+    return _TorchEngine(block, body, threads)
+
+
+class _TorchEngine:
+    def __init__(self, block: BlockInterface, body: Body, threads: int | None) -> None:
+        self.signature: EngineSignature = engine_signature(block)
+        self._block = block
+        self._body = body
+        self._threads = threads
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        with torch.inference_mode(), _torch_threads(self._threads):
+            named = {
+                name: torch.from_numpy(np.require(array, requirements=("C", "W")))
+                for name, array in zip(self.signature.inputs, inputs, strict=True)
+            }
+            values = {name: named[name] for name in self._block.params}
+            results = self._body(list(values.values()))
+            values.update(zip(self._block.results, results, strict=True))
+            terminator = self._block.terminator
+            if isinstance(terminator, Branch) and isinstance(terminator.gate, LinearGate):
+                features = torch.cat([values[name] for name in terminator.gate.reads], dim=1)
+                scores = features @ named[GATE_WEIGHT].T + named[GATE_BIAS]
+                values[ACTION] = scores.argmax(dim=1).to(torch.int32)  # the first of equals
+            return [np.array(values[name].contiguous().numpy()) for name in self.signature.outputs]
+
+    def runner(self) -> Callable[[Sequence[Array]], Sequence[Array]]:
+        return self.run
+
+    def bind(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> Callable[[], object]:
+        def call() -> None:
+            for buffer, array in zip(outputs, self.run(inputs), strict=True):
+                np.copyto(buffer, array)
+
+        return call
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    """Torch's thread count is one per process: set it for a call, then put it back."""
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,198 @@
+"""The HTML report and the drawing of a program."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sample_report import sample_control_flow, sample_report
+
+from exitcompiler.controlflow import BATCH, BlockInterface, Branch, ConstantGate, ControlFlow, Edge, Return, ValueSpec
+from exitcompiler.drawing import draw_control_flow
+from exitcompiler.errors import InputError
+from exitcompiler.report import render_report, write_report
+
+_VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class _Checker(HTMLParser):
+    """Collects visible text and attributes, and holds that tags are closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in _VOID:
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not (self.open and self.open[-1] == "style"):
+            self.text.append(data)
+
+
+def _read(html: str) -> _Checker:
+    checker = _Checker()
+    checker.feed(html)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+def _text(html: str) -> str:
+    return " ".join(" ".join(_read(html).text).split())
+
+
+def test_the_file_holds_everything_it_shows(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(sample_report(), sample_control_flow(), path)
+    html = path.read_text()
+    checker = _read(html)
+    assert all(link.startswith("#") for link in checker.links)
+    assert "script" not in checker.tags
+    assert "@import" not in html
+    assert re.findall(r"url\((?!#|'#|\"#)", html) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_shows_headline_frontier_exits_reasons_certificate_and_settings() -> None:
+    text = _text(render_report(sample_report(), sample_control_flow()))
+    for expected in (
+        "1.53x", "0.752 ms", "point-1 (chosen)", "layer2.2", "Its gate was constant: always go on.",
+        "at most 1.78%", "max-probability threshold", "soft oracle (a bound)", "OpenVINO was slower here",
+        "gate on 6 confidence features", "layer1.8: 31.0%", "855,770", "Rounds of learning and pruning",
+    ):  # fmt: skip
+        assert expected in text
+    assert html_count(sample_report(), 'class="tag kept"') == 2
+    assert html_count(sample_report(), 'class="tag pruned"') == 1
+
+
+def html_count(report: dict[str, Any], text: str) -> int:
+    return render_report(report, None).count(text)
+
+
+def test_four_pictures_and_each_only_where_there_is_something_to_draw() -> None:
+    assert render_report(sample_report(), sample_control_flow()).count("<svg") == 4
+    assert render_report({}, None).count("<svg") == 0
+
+
+@pytest.mark.parametrize("key", sorted(sample_report()))
+def test_any_key_may_be_absent_or_null(key: str) -> None:
+    report = sample_report()
+    del report[key]
+    _read(render_report(report, sample_control_flow()))
+    _read(render_report(sample_report() | {key: None}, None))
+
+
+def test_entries_of_exits_and_points_may_be_absent() -> None:
+    report = sample_report() | {"exits": [{"name": "a"}], "frontier": [{"name": "p", "chosen": True}]}
+    text = _text(render_report(report, None))
+    assert "p (chosen)" in text
+
+
+def test_names_are_escaped_everywhere() -> None:
+    evil = "<script>alert('x')</script>&$x_1$"
+    report = sample_report()
+    report["model"]["name"] = evil
+    report["notes"] = [evil]
+    report["exits"][0].update({"name": evil, "reason": evil})
+    report["frontier"][1].update({"name": evil, "exit_rates": {evil: 1.0}})
+    report["reliability"] = {evil: {"confidence": [0.5], "accuracy": [0.5], "count": [3]}}
+    report["baselines"] = {evil: [{"accuracy_drop": 0.0, "mean_latency_ms": 1.0}]}
+    report["settings"][evil] = evil
+    logits = ValueSpec((BATCH, 2), "float32")
+    flow = ControlFlow(
+        {"x": logits}, {"y": logits}, (BlockInterface(evil, {"x": logits}, {"y": logits}, Return(("y",), evil)),)
+    )
+    checker = _read(render_report(report, flow))
+    assert "script" not in checker.tags
+    assert any("alert" in text for text in checker.text)
+
+
+def test_a_refusal_is_shown() -> None:
+    text = _text(render_report(sample_report() | {"refused": "exits do not pay here"}, None))
+    assert "No exits were added exits do not pay here" in text
+
+
+def test_colours_are_variables_of_the_page() -> None:
+    html = render_report(sample_report(), sample_control_flow())
+    used = set(re.findall(r"var\((--[a-z0-9-]+)", html))
+    defined = set(re.findall(r"(--[a-z0-9-]+):", html))
+    assert used <= defined
+    drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert set(re.findall(r"(?:fill|stroke): ?(#[0-9a-f]{6})", drawn)) <= {"#000000", "#ffffff"}
+
+
+def test_an_unwritable_place_is_an_input_error_and_an_old_report_stays(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="choose another path"):
+        write_report(sample_report(), None, tmp_path / "missing" / "report.html")
+    folder = tmp_path / "report.html"
+    folder.mkdir()
+    with pytest.raises(InputError):
+        write_report(sample_report(), None, folder)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+def _svg(flow: ControlFlow) -> ElementTree.Element:
+    return ElementTree.fromstring(draw_control_flow(flow, {"backbone": 0.5}))
+
+
+def _texts(svg: ElementTree.Element) -> list[str]:
+    return [element.text or "" for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_drawing_names_blocks_gates_exits_and_what_edges_carry() -> None:
+    texts = _texts(_svg(sample_control_flow()))
+    assert texts.count("b0") == 1
+    assert "gate on 3 confidence features" in texts
+    assert "float32[batch, 16, 32, 32] + 1 more" in texts
+    assert "layer1.8" in texts
+    assert "backbone: 50.0%" in texts
+
+
+def test_drawing_of_a_diamond_keeps_boxes_apart_and_within_the_picture() -> None:
+    value = ValueSpec((BATCH, 4), "float32")
+    here = {"x": value}
+
+    def block(name: str, terminator: Any) -> BlockInterface:
+        return BlockInterface(name, here, {f"{name}_y": value}, terminator)
+
+    flow = ControlFlow(
+        here,
+        {"y": value},
+        (
+            block("a", Branch(ConstantGate(0, 3), (Edge("b", ("x",)), Edge("c", ("x",)), Edge("d", ("x",))))),
+            block("b", Return(("b_y",), "left")),
+            block("c", Branch(ConstantGate(1, 2), (Return(("c_y",), "right"), Edge("d", ("x",))))),
+            block("d", Return(("d_y",), "backbone")),
+        ),
+    )
+    svg = _svg(flow)
+    width, height = (float(size) for size in svg.attrib["viewBox"].split()[2:])
+    boxes = [
+        tuple(float(rect.attrib[key]) for key in ("x", "y", "width", "height"))
+        for rect in svg.iter("{http://www.w3.org/2000/svg}rect")
+    ]
+    assert len(boxes) == 4 + 3
+    for i, (x, y, w, h) in enumerate(boxes):
+        assert 0 <= x <= x + w <= width
+        assert 0 <= y <= y + h <= height
+        for x2, y2, w2, h2 in boxes[:i]:
+            assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y

@@ -1,0 +1,139 @@
+"""The text of explain()."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sample_report import sample_report
+
+from exitcompiler.runtime.explain import (
+    certificate_sentence,
+    explain,
+    format_duration,
+    format_share,
+    format_text_table,
+    headline,
+    points_to_list,
+    reason_text,
+)
+
+
+def test_explains_every_exit_with_its_verdict_and_reason() -> None:
+    text = explain(sample_report())
+    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("  layer")}
+    assert "kept" in lines["layer1.8"]
+    assert "pruned" in lines["layer2.2"]
+    assert "Its gate was constant: always go on." in " ".join(text.split())
+    assert "31.0% of the rows leave here, 98.4% of them right" in " ".join(text.split())
+
+
+def test_says_what_was_chosen_on_what_and_how_fast() -> None:
+    text = " ".join(explain(sample_report()).split())
+    assert text.startswith("resnet56: 2 exits kept of 3 tried, 1.53x as fast as the whole network")
+    assert "(95% interval 1.50 to 1.56)" in text
+    assert "mean 0.752 ms against 1.15 ms for the whole network" in text
+    assert "on onnxruntime, in fp32, with 1 thread" in text
+    assert "as one engine (the faster way here)" in text
+    assert "* point-1" in text
+    assert "OpenVINO was slower here" in text
+
+
+def test_fits_a_terminal() -> None:
+    assert max(map(len, explain(sample_report()).splitlines())) <= 98
+
+
+def test_a_refusal_comes_first_with_its_reason() -> None:
+    report = sample_report() | {"refused": "measured 0.98x, below 1.02x"}
+    assert explain(report).splitlines()[0] == (
+        "resnet56: no exits were added, the plain network is returned. Measured 0.98x, below 1.02x."
+    )
+
+
+def test_baselines_show_the_best_within_the_limit() -> None:
+    text = " ".join(explain(sample_report()).split())
+    assert "max probability 0.790 ms" in text
+    assert "soft oracle (a bound) 0.500 ms" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rows_needed": 4000}, "To show 1.00% you would need about 4000 certify rows at this error rate."),
+        ({"rows_needed": None}, "too close to 1.00% to show it with any number of rows"),
+        ({"rows_needed": 1200}, "It bounds the accuracy drop."),
+    ],
+)
+def test_certificate_says_how_many_rows_a_tighter_one_needs(change: dict[str, Any], expected: str) -> None:
+    certificate = sample_report()["certificate"] | change
+    sentence = certificate_sentence(certificate)
+    assert sentence.startswith("With 95% confidence the excess error (wrong where the whole network is right)")
+    assert "at most 1.78%: it was seen on 18 of 1500 held-out rows" in sentence
+    assert sentence.endswith(expected) or expected in sentence
+    assert ("4000" in sentence) == (change["rows_needed"] == 4000)
+
+
+def test_no_certificate_no_sentence() -> None:
+    assert certificate_sentence({}) == ""
+    assert "Certificate" not in explain(sample_report() | {"certificate": None})
+
+
+@pytest.mark.parametrize("key", sorted(sample_report()))
+def test_any_key_may_be_absent_or_null(key: str) -> None:
+    report = sample_report()
+    del report[key]
+    assert explain(report)
+    assert explain(sample_report() | {key: None})
+
+
+def test_an_empty_report_still_says_something() -> None:
+    assert explain({}) == "model: no exits kept."
+
+
+@given(st.data())
+def test_any_entry_of_an_exit_point_or_certificate_may_be_absent(data: st.DataObject) -> None:
+    report = copy.deepcopy(sample_report())
+    for part in (*report["exits"], *report["frontier"], report["certificate"], report["latency"]):
+        required = {"name"}
+        for key in data.draw(st.sets(st.sampled_from(sorted(part.keys() - required)))):
+            del part[key]
+    assert explain(report)
+
+
+def test_reason_does_not_repeat_the_verdict() -> None:
+    assert reason_text({"reason": "pruned: the gate is constant"}) == "The gate is constant."
+    assert reason_text({}) == ""
+
+
+def test_a_long_frontier_lists_only_what_can_be_selected() -> None:
+    points = [{"name": str(i), "shipped": i % 5 == 0} for i in range(30)]
+    assert [point["name"] for point in points_to_list(points)] == ["0", "5", "10", "15", "20", "25"]
+    assert points_to_list(points[:4]) == points[:4]
+
+
+@given(st.floats(0.001, 1e6))
+def test_durations_keep_three_digits(milliseconds: float) -> None:
+    number, unit = format_duration(milliseconds).split()
+    back = float(number) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[unit]
+    assert math.isclose(back, milliseconds, rel_tol=0.006)
+
+
+def test_formats() -> None:
+    assert format_duration(0.0123) == "12.3 us"
+    assert format_duration(0.7) == "0.700 ms"
+    assert format_duration(1500) == "1.50 s"
+    assert format_share(0.0123) == "1.23%"
+    assert format_share(0.938) == "93.8%"
+
+
+def test_headline_counts_one_exit_in_the_singular() -> None:
+    report = {"model": {"name": "m"}, "exits": [{"name": "a", "kept": True}, {"name": "b", "kept": False}]}
+    assert headline(report) == "m: 1 exit kept of 2 tried."
+
+
+def test_text_tables_align() -> None:
+    assert format_text_table(("a", "b"), [("xyz", "1"), ("x", "222")]) == ["  a      b", "  xyz    1", "  x    222"]
