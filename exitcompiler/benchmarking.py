@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -128,7 +127,7 @@ def benchmark(
         CalibrationError: There are no rows, or the data is of no known form.
         InputError: The rows do not fit the program.
     """
-    batches = list(_first_batches(data, batch_size, max_rows))
+    batches = _first_batches(data, batch_size, max_rows)
     inputs = [batch for batch, _ in batches]
     plain = compiled.plain
     program_ms, plain_ms = _time_interleaved(compiled, plain, inputs, passes, seed)
@@ -192,8 +191,7 @@ def _per_exit(answers: Answers, times_ms: Array | None) -> list[dict[str, Any]]:
 
 
 def _first_batches(data: Any, batch_size: int, max_rows: int | None) -> list[tuple[Inputs, Array | None]]:
-    limit = None if max_rows is None else -(-max_rows // batch_size)
-    batches = list(itertools.islice(batches_of(data, batch_size), limit))
+    batches = list(batches_of(data, batch_size, max_rows))
     if not batches:
         raise CalibrationError("there are no rows", remedy="give data with at least one row")
     return batches

@@ -62,9 +62,10 @@ def check_parity(compiled: CompiledModel, program: Program, rows: Rows, precisio
         scale = max(1.0, float(np.abs(expected).max()))
         difference = max(float(np.abs(together - expected).max()), float(np.abs(alone - expected[:1]).max()))
         worst = max(worst, difference / scale)
-        if not difference / scale <= TOLERANCE[precision]:
+        tolerated = TOLERANCE[precision] * scale
+        if not difference <= tolerated:
             raise LoweringError(
-                f"outputs differ from torch's by {difference:.2g}, {TOLERANCE[precision] * scale:.2g} is tolerated",
+                f"outputs differ from torch's by {difference:.2g}, {tolerated:.2g} is tolerated",
                 where=f"exit {exit_name!r} on {compiled.backend.name} {precision}",
                 remedy="try another backend, or precision='fp32'",
             )

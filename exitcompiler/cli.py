@@ -85,6 +85,9 @@ LatencyBudgetOption = Annotated[
     float | None,
     typer.Option(min=0.0, help="Mean latency in milliseconds to stay within.", show_default=False),
 ]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads per call (default: as compiled for).", show_default=False)
+]
 BackendOption = Annotated[str, typer.Option(help="auto, onnxruntime, openvino or torch.")]
 
 
@@ -189,6 +192,7 @@ def run(
     max_drop: MaxDropOption = None,
     latency_budget_ms: LatencyBudgetOption = None,
     backend: BackendOption = "auto",
+    threads: ThreadsOption = None,
     mean: MeanOption = "0",
     std: StdOption = "1",
     image_size: ImageSizeOption = None,
@@ -199,7 +203,7 @@ def run(
 
     from exitcompiler.benchmarking import answer_rows
 
-    compiled = _load(artifact, backend, max_drop, latency_budget_ms)
+    compiled = _load(artifact, backend, threads, max_drop, latency_budget_ms)
     rows = _load_rows(compiled, data, _preprocessing(mean, std, image_size))
     out = Output(as_json=as_json)
     answers = answer_rows(compiled, rows, batch_size, max_rows)
@@ -220,7 +224,7 @@ def run(
     out.show(answers_table(listed, shown=10))
     if len(listed) > 10:
         out.show(f"... and {len(listed) - 10} more (--json or -o ANSWERS.npz has all)")
-    rates = ", ".join(f"{name} {format_share(rate)}" for name, rate in answers.exit_rates.items())
+    rates = ", ".join(f"{name} {format_share(rate)}" for name, rate in answers.exit_rates.items() if rate)
     accuracy = "" if answers.accuracy is None else f", {format_share(answers.accuracy)} right"
     out.show(f"{len(listed)} rows{accuracy}; left at {rates}")
     out.result(
@@ -243,6 +247,7 @@ def bench(
     max_drop: MaxDropOption = None,
     latency_budget_ms: LatencyBudgetOption = None,
     backend: BackendOption = "auto",
+    threads: ThreadsOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
     mean: MeanOption = "0",
     std: StdOption = "1",
@@ -252,7 +257,7 @@ def bench(
     """Time a program against the whole network on real rows, paired and interleaved."""
     from exitcompiler.benchmarking import benchmark
 
-    compiled = _load(artifact, backend, max_drop, latency_budget_ms)
+    compiled = _load(artifact, backend, threads, max_drop, latency_budget_ms)
     rows = _load_rows(compiled, data, _preprocessing(mean, std, image_size))
     out = Output(as_json=as_json)
     figures = benchmark(compiled, rows, batch_size=batch_size, max_rows=max_rows, passes=passes, seed=seed)
@@ -323,12 +328,16 @@ def _require_one_target(max_drop: float | None, latency_budget_ms: float | None)
 
 
 def _load(
-    artifact: Path, backend: str, max_drop: float | None, latency_budget_ms: float | None
+    artifact: Path,
+    backend: str,
+    threads: int | None,
+    max_drop: float | None,
+    latency_budget_ms: float | None,
 ) -> CompiledModel:
     import exitcompiler
 
     _require_one_target(max_drop, latency_budget_ms)
-    compiled = exitcompiler.load(artifact, backend=backend)
+    compiled = exitcompiler.load(artifact, backend=backend, threads=threads)
     if max_drop is None and latency_budget_ms is None:
         return compiled
     return compiled.select(max_accuracy_drop=max_drop, latency_budget_ms=latency_budget_ms)

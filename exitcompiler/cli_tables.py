@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exitcompiler.runtime.explain import format_duration, format_share
+from exitcompiler.runtime.explain import format_duration, format_share, taken_exits
 
 __all__ = ["Output", "answers_table", "bench_tables", "points_table"]
 
@@ -29,7 +29,7 @@ class Output:
     def show(self, *parts: Any) -> None:
         """Print text or tables for people; text is taken literally, without markup."""
         for part in parts:
-            self.console.print(part, markup=False)
+            self.console.print(part, markup=False, soft_wrap=isinstance(part, str))
 
     def result(self, figures: Mapping[str, Any]) -> None:
         """Write figures to stdout if JSON was asked for."""
@@ -43,7 +43,7 @@ def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("Operating points (estimates)", ("point", "accuracy", "drop", "mean", "exits"))
     for point in points:
         name = f"{point['name']} *" if point["selected"] else point["name"]
-        rates = ", ".join(f"{exit} {format_share(rate)}" for exit, rate in point["exit_rates"].items())
+        rates = ", ".join(f"{exit} {format_share(rate)}" for exit, rate in taken_exits(point).items())
         drop = f"{100 * point['accuracy_drop']:.2f} points"
         table.add_row(
             name, format_share(point["accuracy"]), drop, format_duration(point["mean_latency_ms"]), rates

@@ -14,26 +14,29 @@ import numpy as np
 from torch import nn
 from torch.export import ExportedProgram
 
+from exitcompiler.candidates import Candidates
 from exitcompiler.capture import Captured, capture
 from exitcompiler.certify import certify, check_parity, measure_speedup
 from exitcompiler.data import Rows, RowSplit, TrainingData, read_rows, read_training_data, split_rows
 from exitcompiler.engines import Engines, Lowerer
 from exitcompiler.errors import BackendUnavailableError, CalibrationError
 from exitcompiler.findings import Findings
-from exitcompiler.fitting import Fitted, fit_exits
+from exitcompiler.fitting import fit_exits
 from exitcompiler.packaging import pack
+from exitcompiler.policies import CostModel
 from exitcompiler.profile import block_times_us, measure_costs
 from exitcompiler.program import Program
 from exitcompiler.progress import Reporter, reporting
 from exitcompiler.runtime.backends import Backend, available_backends, create_backend
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.runtime.manifest import Artifact, Execution
+from exitcompiler.scores import ScoreTable
 from exitcompiler.scoring import score_rows
 from exitcompiler.selection import Selection, select_points
 from exitcompiler.settings import Settings
 from exitcompiler.training import HeadRecipe
 
-__all__ = ["compile"]
+__all__ = ["Details", "compile", "compile_in_detail"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +105,56 @@ def compile(
         LoweringError: A block cannot be lowered, or its outputs differ from torch's.
     """
     settings = Settings(
-        max_accuracy_drop, latency_budget_ms, backend, precision, batch_size, threads, seed, max_exits,
-        HeadRecipe() if recipe is None else recipe,
-    )  # fmt: skip
+        max_accuracy_drop=max_accuracy_drop,
+        latency_budget_ms=latency_budget_ms,
+        backend=backend,
+        precision=precision,
+        batch_size=batch_size,
+        threads=threads,
+        seed=seed,
+        max_exits=max_exits,
+        recipe=HeadRecipe() if recipe is None else recipe,
+    )
+    return compile_in_detail(model, calib_data, train_data, settings, logits, progress).compiled
+
+
+@dataclass(frozen=True)
+class Details:
+    """A compiled model and everything it was made from, for benchmarks and for looking inside.
+
+    Args:
+        compiled: What ``compile`` returns.
+        program: The captured backbone.
+        engines: Of the backend that was chosen.
+        split: Row numbers of the calibration data, by use.
+        candidates: The chain and all trained heads; None where the network has no place for an exit.
+        table: Scores on the learning rows.
+        costs: Measured times.
+        selection: What was learned.
+    """
+
+    compiled: CompiledModel
+    program: Program
+    engines: Engines
+    split: RowSplit
+    candidates: Candidates | None = None
+    table: ScoreTable | None = None
+    costs: CostModel | None = None
+    selection: Selection | None = None
+
+
+def compile_in_detail(
+    model: nn.Module | ExportedProgram | str | PathLike[str],
+    calib_data: Any,
+    train_data: Any,
+    settings: Settings,
+    logits: str | int | None = None,
+    progress: bool | None = None,
+) -> Details:
+    """What ``compile`` does, with all that it found on the way.
+
+    Args and errors are those of ``compile``; its options come as ``settings``.
+    """
     backends = _candidate_backends(settings)
     with reporting(progress) as reporter:
         return _Compilation(settings, backends, reporter).run(model, calib_data, train_data, logits)
@@ -138,7 +188,7 @@ class _Compilation:
     backends: list[Backend]
     reporter: Reporter
 
-    def run(self, model: Any, calib_data: Any, train_data: Any, logits: str | int | None) -> CompiledModel:
+    def run(self, model: Any, calib_data: Any, train_data: Any, logits: str | int | None) -> Details:
         started = time.monotonic()
         calib_data, example = peek(calib_data)
         with self.reporter.step("capturing the model"):
@@ -161,11 +211,17 @@ class _Compilation:
         findings.fitted(fitted)
         if fitted.candidates is None:
             findings.refuse("the network has no place where an exit could be put")
-            return self._plain(captured, plain_us, engines, findings, rows, split)
-        selection = self._select(fitted, program, rows.take(split.learn), engines, findings)
+            compiled = self._plain(captured, plain_us, engines, findings, rows, split)
+            return Details(compiled, program, engines, split)
+        learn = rows.take(split.learn)
+        table, costs = self._measure(fitted.candidates, program, learn, engines)
+        selection = select_points(
+            fitted.candidates, table, costs, engines, learn, self.settings, self.reporter
+        )
+        findings.selected(selection, table, costs)
         compiled = self._finish(captured, selection, plain_us, engines, findings, rows, split)
         logger.info("compiled in %.1f s", time.monotonic() - started)
-        return compiled
+        return Details(compiled, program, engines, split, fitted.candidates, table, costs, selection)
 
     def _training_data(self, train_data: Any, rows: Rows, split: RowSplit, program: Program) -> TrainingData:
         if train_data is None:
@@ -187,19 +243,13 @@ class _Compilation:
         findings.chose_backend(fastest, times)
         return engines[fastest], times[fastest]
 
-    def _select(
-        self, fitted: Fitted, program: Program, learn: Rows, engines: Engines, findings: Findings
-    ) -> Selection:
-        assert fitted.candidates is not None
+    def _measure(
+        self, candidates: Candidates, program: Program, learn: Rows, engines: Engines
+    ) -> tuple[ScoreTable, CostModel]:
         with self.reporter.step("lowering segments and heads"):
-            costs = measure_costs(fitted.candidates, program, engines, learn, self.settings.batch_size)
+            costs = measure_costs(candidates, program, engines, learn, self.settings.batch_size)
         with self.reporter.step("scoring calibration rows", len(learn)) as step:
-            table = score_rows(fitted.candidates, engines, learn, step)
-        selection = select_points(
-            fitted.candidates, table, costs, engines, learn, self.settings, self.reporter
-        )
-        findings.selected(selection, table, costs)
-        return selection
+            return score_rows(candidates, engines, learn, step), costs
 
     def _finish(
         self,
@@ -216,10 +266,9 @@ class _Compilation:
         if not chosen.point.policy.kept:
             findings.refuse("no exit pays within the limit: every gate came out as 'always go on'")
             return self._plain(captured, plain_us, engines, findings, rows, split)
-        named = [(f"drop-{built.point.accuracy_drop:.4f}", built) for built in selection.shipped]
         with self.reporter.step("packaging"):
             artifact = pack(
-                [("chosen", chosen), *named],
+                [chosen, *selection.shipped],
                 captured.program,
                 plain_us,
                 chosen.point.estimate.backbone_accuracy,

@@ -164,7 +164,10 @@ def _is_rows(data: Any, names: tuple[str, ...]) -> bool:
     if not isinstance(data, tuple | list) or len(data) != 2:
         return False
     inputs, labels = data
-    return _is_array(labels) and np.ndim(labels) == 1 and _inputs_like(inputs, names)
+    if not (_is_array(labels) and _inputs_like(inputs, names)):
+        return False
+    # A tuple is a pair, whatever the labels look like; a list may as well hold two batches of inputs.
+    return isinstance(data, tuple) or np.ndim(labels) == 1
 
 
 def _inputs_like(value: Any, names: tuple[str, ...]) -> bool:

@@ -184,12 +184,13 @@ def load_data(
     return factory.call(where)
 
 
-def batches_of(data: Any, batch_size: int) -> Iterator[Batch]:
+def batches_of(data: Any, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
     """Go through data in batches of a given size, as numpy arrays.
 
     Args:
         data: What ``load_data`` returned.
         batch_size: Rows per batch; the last one may have fewer.
+        max_rows: Stop after as many rows.
 
     Yields:
         Inputs (an array, or a dict by input name) and labels ``[rows]``, or None for the labels.
@@ -197,6 +198,17 @@ def batches_of(data: Any, batch_size: int) -> Iterator[Batch]:
     Raises:
         CalibrationError: The data is of no known form.
     """
+    left = max_rows
+    for batch in _rebatch(data, batch_size):
+        rows = _count(batch[0])
+        if left is not None and rows >= left:
+            yield _take(batch, slice(0, left))
+            return
+        yield batch
+        left = None if left is None else left - rows
+
+
+def _rebatch(data: Any, batch_size: int) -> Iterator[Batch]:
     if isinstance(data, Mapping) or _is_array(data) or _is_pair(data):
         yield from _slices(*_split_labels(data), batch_size)
         return
@@ -222,7 +234,7 @@ def batches_of(data: Any, batch_size: int) -> Iterator[Batch]:
 def _load_npz(path: Path, where: str) -> Any:
     """Inputs, alone or in a pair with labels. Lengths are compared before any array is read."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             shapes = _npz_shapes(path)
             names = [name for name in file.files if name != _LABELS]
             if not names:

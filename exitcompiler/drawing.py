@@ -148,8 +148,8 @@ def _draw_exit(way: Return, place: _Place, x: float, y: float, rates: Mapping[st
     middle = y + _EXIT_HEIGHT / 2
     label = way.exit if way.exit not in rates else f"{way.exit}: {format_share(rates[way.exit])}"
     return (
-        f'<path d="M{side:g} {start:g} C{x - 20:g} {start:g} {side + 20:g} {middle:g} {x:g} {middle:g}" fill="none" stroke="var(--muted, #666)" '
-        'stroke-width="1.3" marker-end="url(#arrow)"/>'
+        f'<path d="M{side:g} {start:g} C{x - 20:g} {start:g} {side + 20:g} {middle:g} {x:g} {middle:g}" '
+        'fill="none" stroke="var(--muted, #666)" stroke-width="1.3" marker-end="url(#arrow)"/>'
         f'<rect x="{x:g}" y="{y:g}" width="{_EXIT_WIDTH}" height="{_EXIT_HEIGHT}" rx="15" '
         'fill="var(--accent, #0b62c4)"/>'
         + _text(

@@ -109,6 +109,7 @@ class Engines:
         if self.backend.name == "torch":
             from exitcompiler.runtime.torch_backend import torch_engine
 
-            return torch_engine(block, block.body, threads=self.backend.threads)
+            body = block.body
+            return torch_engine(block, lambda values: body(*values), threads=self.backend.threads)
         model = self.lowerer.model(block)
         return self.backend.load(model, engine_signature(block), static_batch=static_batch)

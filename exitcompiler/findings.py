@@ -20,7 +20,7 @@ from exitcompiler.baselines import (
 from exitcompiler.data import RowSplit
 from exitcompiler.fitting import Fitted
 from exitcompiler.flops import count_flops
-from exitcompiler.packaging import PLAIN, environment
+from exitcompiler.packaging import PLAIN, environment, point_name
 from exitcompiler.policies import CostModel, Leave, LinearRule
 from exitcompiler.program import Program
 from exitcompiler.runtime.backends import Backend
@@ -145,16 +145,22 @@ class Findings:
         return float(time_us) * self._settings.batch_size / 1000.0
 
     def _frontier(self, selection: Selection, costs: CostModel) -> None:
-        built: dict[int, Built] = {id(b.point): b for b in (selection.chosen, *selection.shipped)}
-        points = {id(p): p for p in (*selection.frontier.points, *(b.point for b in built.values()))}
+        shipped = (selection.chosen, *selection.shipped)
+        made_of: dict[int, Built] = {id(built.point): built for built in shipped}
+        points = [built.point for built in shipped if built.point.policy.kept]
+        points += [
+            point
+            for point in selection.frontier.points
+            if all(abs(point.accuracy_drop - p.accuracy_drop) >= 5e-4 for p in points)
+        ]
         entries = []
-        for key, point in points.items():
-            made = built.get(key)
+        for point in points:
+            made = made_of.get(id(point))
             mean_us = point.mean_us if made is None else made.mean_us
             is_plain = not point.policy.kept
             entries.append(
                 {
-                    "name": PLAIN if is_plain else f"drop-{point.accuracy_drop:.4f}",
+                    "name": PLAIN if is_plain else point_name(point.accuracy_drop),
                     "accuracy": float(point.estimate.backbone_accuracy - point.accuracy_drop),
                     "accuracy_drop": float(point.accuracy_drop),
                     "excess_error": float(point.estimate.excess_error),

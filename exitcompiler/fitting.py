@@ -90,7 +90,9 @@ def fit_exits(
     probed = min(rows, PROBE_ROWS)
     with reporter.step("probing cut points", probed) as step:
         stream = FeatureStream.of(program, [*(cut.value for cut in cuts), logits])
-        accuracies = probe(stream, cuts, data, classes, seed=settings.seed, step=step, target=logits, rows=probed)
+        accuracies = probe(
+            stream, cuts, data, classes, rows=probed, seed=settings.seed, step=step, target=logits
+        )
     with reporter.step("timing the backbone to each cut"):
         shares = _time_shares(split_block(program, cuts), engines, sample, settings.batch_size)
     places = choose_places(

@@ -212,7 +212,7 @@ def deep_head(spec: ValueSpec, classes: int, *, budget_flops: float) -> nn.Modul
     return next(head for flops, head in fitting if flops >= enough)
 
 
-def classifier_weights(head: nn.Module) -> list[nn.Parameter]:
+def classifier_weights(head: nn.Module) -> list[Tensor]:
     """The weights of a head's last layer, which an optimiser may want to treat apart."""
     return [head.linear.weight] if isinstance(head.linear, nn.Linear) else []
 

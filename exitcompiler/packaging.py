@@ -8,8 +8,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from exitcompiler.controlflow import ControlFlow
-from exitcompiler.controlflow import OutputStructure as Structure
+from exitcompiler.controlflow import ControlFlow, OutputStructure
 from exitcompiler.engines import Lowerer
 from exitcompiler.naming import BACKBONE
 from exitcompiler.passes.assemble_onnx import assemble_onnx
@@ -24,7 +23,6 @@ from exitcompiler.runtime.manifest import (
     Json,
     Manifest,
     OperatingPoint,
-    OutputStructure,
     block_path,
     torch_paths,
 )
@@ -32,18 +30,23 @@ from exitcompiler.selection import Built
 from exitcompiler.settings import Settings
 from exitcompiler.torch_graphs import serialize_body
 
-__all__ = ["PLAIN", "environment", "pack", "plain_estimate"]
+__all__ = ["PLAIN", "environment", "pack", "plain_estimate", "point_name"]
 
 PLAIN = "plain"
 """The operating point that is the untouched backbone."""
 
 
+def point_name(accuracy_drop: float) -> str:
+    """An operating point is called by its drop in percentage points: ``drop+0.98``."""
+    return f"drop{100 * accuracy_drop:+.2f}"
+
+
 def pack(
-    points: Sequence[tuple[str, Built]],
+    points: Sequence[Built],
     plain: Program,
     plain_us: float,
     accuracy: float,
-    structure: Structure,
+    structure: OutputStructure,
     backend: Backend,
     lowerer: Lowerer,
     settings: Settings,
@@ -53,7 +56,7 @@ def pack(
     """An artifact whose first point is selected, or the plain backbone where there is no other.
 
     Args:
-        points: Name and program of each operating point, the chosen one first.
+        points: The operating points, the chosen one first; told apart by their accuracy drops.
         plain: The untouched backbone.
         plain_us: Its time per row.
         accuracy: Its accuracy on the learning rows.
@@ -69,18 +72,23 @@ def pack(
     files: dict[str, bytes] = {}
     packed = [
         _point(
-            name, built.program, _estimate(built, settings), lowerer, files, execution if i == 0 else "blocks"
+            point_name(built.point.accuracy_drop),
+            built.program,
+            _estimate(built, settings),
+            lowerer,
+            files,
+            execution if built is points[0] else "blocks",
         )
-        for i, (name, built) in enumerate(points)
+        for built in points
     ]
     plain_point = _point(PLAIN, plain, plain_estimate(plain_us, accuracy, settings), lowerer, files, "blocks")
     packed.append(plain_point)
-    chosen = points[0][1].program if points else plain
+    chosen = points[0].program if points else plain
     files[MODEL_FILE] = assemble_onnx(_interfaces(chosen), lowerer.models(chosen))
     manifest = Manifest(
         inputs=plain.inputs,
         outputs=plain.outputs,
-        output_structure=OutputStructure(structure.kind, () if structure.key is None else (structure.key,)),
+        output_structure=structure,
         backend=backend.name,
         precision=backend.precision,
         threads=backend.threads,

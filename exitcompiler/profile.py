@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -110,4 +111,8 @@ def _bound_call(
         inputs.append(buffer)
     outputs = [aligned_empty(spec, batch_size) for spec in signature.outputs.values()]
     call = engines.engine(block, batch_size).bind(inputs, outputs)
-    return lambda _alive=(inputs, outputs): call()
+    return partial(_call, call, inputs, outputs)
+
+
+def _call(call: Callable[[], object], *_kept_alive: object) -> object:
+    return call()

@@ -19,6 +19,7 @@ from exitcompiler.runtime.explain import (
     points_to_list,
     reason_text,
     runs_sentence,
+    taken_exits,
 )
 
 __all__ = ["render_report", "write_report"]
@@ -69,7 +70,7 @@ def render_report(report: Mapping[str, Any], control_flow: ControlFlow | None) -
     chosen: Mapping[str, Any] = next((point for point in points if point.get("chosen")), {})
     limit = (report.get("settings") or {}).get("max_accuracy_drop")
     plotted = [p for p in points if _has(p, "mean_latency_ms", "accuracy_drop")]
-    rates = chosen.get("exit_rates") or {}
+    rates = taken_exits(chosen)
     reliability = report.get("reliability") or {}
 
     drawings = {
@@ -85,7 +86,7 @@ def render_report(report: Mapping[str, Any], control_flow: ControlFlow | None) -
         headline=headline(report),
         figures=_figures(report, chosen),
         refused=report.get("refused"),
-        frontier=points_to_list(points),
+        frontier=[{**point, "taken": taken_exits(point)} for point in points_to_list(points)],
         limit=limit,
         certificate=certificate_sentence(report.get("certificate") or {}),
         latency=_latency(report.get("latency") or {}),

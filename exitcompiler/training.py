@@ -117,27 +117,34 @@ class _Optimizer:
         self._matrices = [p for p in parameters if p.ndim > 1 and id(p) not in classifiers]
         # torch's Muon takes matrices only: a convolution is given to it as a view of one.
         self._views = [nn.Parameter(p.detach().view(len(p), -1)) for p in self._matrices]
-        muon = torch.optim.Muon(self._views, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
         matrices = {id(p) for p in self._matrices}
-        rest = [p for p in parameters if id(p) not in matrices]
-        adamw = torch.optim.AdamW(rest, lr=recipe.adamw_lr, betas=(0.9, 0.99), weight_decay=0.0)
-        self._optimizers = (muon, adamw)
+        self._rest = [p for p in parameters if id(p) not in matrices]
+        optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (
+                torch.optim.AdamW(self._rest, lr=recipe.adamw_lr, betas=(0.9, 0.99), weight_decay=0.0),
+                recipe.adamw_lr,
+            )
+        ]
+        if self._views:  # linear heads have none
+            muon = torch.optim.Muon(self._views, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
+            optimizers.append((muon, recipe.muon_lr))
+        self._optimizers = [optimizer for optimizer, _ in optimizers]
         self._schedules = [
             torch.optim.lr_scheduler.OneCycleLR(
                 optimizer, max_lr=peak, total_steps=steps, pct_start=0.2, div_factor=10,
                 final_div_factor=1000, cycle_momentum=False,
             )
-            for optimizer, peak in ((muon, recipe.muon_lr), (adamw, recipe.adamw_lr))
+            for optimizer, peak in optimizers
         ]  # fmt: skip
 
     def step(self) -> None:
         for view, matrix in zip(self._views, self._matrices, strict=True):
             view.grad = None if matrix.grad is None else matrix.grad.reshape(view.shape)
         for optimizer in self._optimizers:
-            optimizer.step()  # type: ignore[no-untyped-call]
+            optimizer.step()
         for schedule in self._schedules:
             schedule.step()
-        for parameter in (*self._matrices, *self._optimizers[1].param_groups[0]["params"]):
+        for parameter in (*self._matrices, *self._rest):
             parameter.grad = None
 
 

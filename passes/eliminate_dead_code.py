@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from exitcompiler.passes.base import PassResult
-
 from exitcompiler.controlflow import (
     BlockInterface,
     Branch,
@@ -19,6 +17,7 @@ from exitcompiler.controlflow import (
     successors,
 )
 from exitcompiler.fx_utils import extract_body, nodes_by_name, required_inputs
+from exitcompiler.passes.base import PassResult
 from exitcompiler.program import Block, Program
 from exitcompiler.views import reachable
 

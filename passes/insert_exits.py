@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from exitcompiler.passes.base import PassResult
 from exitcompiler.controlflow import Branch, ConstantGate, Jump, Return
 from exitcompiler.errors import PassError
 from exitcompiler.fx_utils import compose_bodies
+from exitcompiler.passes.base import PassResult
 from exitcompiler.program import Block, ExitHead, Program
 
 __all__ = ["InsertExits", "insert_exits"]

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from exitcompiler.passes.base import PassResult
-
 from exitcompiler.controlflow import (
     Branch,
     ConstantGate,
@@ -19,6 +17,7 @@ from exitcompiler.controlflow import (
     map_successors,
 )
 from exitcompiler.fx_utils import compose_bodies, extract_body
+from exitcompiler.passes.base import PassResult
 from exitcompiler.program import Block, Program
 from exitcompiler.views import incoming_edges
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeAlias
 
-from exitcompiler.passes.base import Pass, PassResult
-
 from exitcompiler.errors import VerifyError
+from exitcompiler.passes.base import Pass, PassResult
 from exitcompiler.printer import print_program
 from exitcompiler.program import Program
 from exitcompiler.verify import verify

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from exitcompiler.passes.base import PassResult
-
 from exitcompiler.controlflow import Branch, ConstantGate, Jump, LinearGate, Return, Terminator
+from exitcompiler.passes.base import PassResult
 from exitcompiler.program import Block, Program
 from exitcompiler.views import reachable
 

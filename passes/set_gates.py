@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from exitcompiler.passes.base import PassResult
-
 from exitcompiler.availability import pass_along
 from exitcompiler.controlflow import Branch, Edge, Gate, Return
 from exitcompiler.errors import PassError
+from exitcompiler.passes.base import PassResult
 from exitcompiler.program import Block, Program
 
 __all__ = ["ExitSetting", "SetGates", "set_gates"]

@@ -20,6 +20,7 @@ __all__ = [
     "points_to_list",
     "reason_text",
     "runs_sentence",
+    "taken_exits",
 ]
 
 _WIDTH = 98
@@ -146,6 +147,11 @@ def points_to_list(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     return [point for point in points if point.get("shipped") or point.get("chosen")]
 
 
+def taken_exits(point: Mapping[str, Any]) -> dict[str, float]:
+    """Exit name -> share of the rows, of the exits that any row takes at this point."""
+    return {name: rate for name, rate in (point.get("exit_rates") or {}).items() if rate > 0}
+
+
 def format_share(share: float) -> str:
     """A share of 1 in per cent, to three digits: ``0.0123`` -> ``1.23%``, ``0.938`` -> ``93.8%``."""
     percent = 100 * share
@@ -240,9 +246,7 @@ def _frontier(points: Sequence[Mapping[str, Any]]) -> str:
         return ""
     rows = []
     for point in points_to_list(points):
-        rates = ", ".join(
-            f"{name} {100 * rate:.0f}" for name, rate in (point.get("exit_rates") or {}).items()
-        )
+        rates = ", ".join(f"{name} {100 * rate:.0f}" for name, rate in taken_exits(point).items())
         rows.append((
             f"{'*' if point.get('chosen') else '+' if point.get('shipped') else ' '} {point.get('name', '')}",
             _or_dash(point.get("accuracy"), format_share),

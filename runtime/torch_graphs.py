@@ -25,11 +25,11 @@ from typing import Any, Final
 import safetensors
 import safetensors.torch
 import torch
-from exitcompiler.runtime.json_reader import Node, parse_json
 from torch import fx, nn
 
 from exitcompiler.controlflow import DTYPES
 from exitcompiler.errors import ArtifactError
+from exitcompiler.runtime.json_reader import Node, parse_json
 
 __all__ = [
     "EXECUTION_DEVICE",

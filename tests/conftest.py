@@ -1,15 +1,18 @@
-"""What every test run has in common: few threads, and the same Hypothesis examples each time."""
+"""What every test run has in common: one thread, and the same Hypothesis examples each time.
+
+One thread, since on a machine that is busy two of them wait for each other longer than they work.
+"""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # read once, when the first library that uses OpenMP loads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when the first library that uses OpenMP loads
 
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 settings.register_profile(
     "exitcompiler",

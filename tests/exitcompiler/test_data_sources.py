@@ -76,7 +76,7 @@ def test_a_pt2_file_gives_the_exported_program_and_its_input_shape(tmp_path: Pat
     ("text", "message"),
     [
         ("{m}:absent", "has no 'absent'"),
-        ("{m}:constant", "is a int, not a factory"),
+        ("{m}:constant", "is a int, not a function"),
         ("no_such_module_at_all:f", "no module named 'no_such_module_at_all'"),
         ("model.onnx", "neither a .pt2 file nor package.module:factory"),
         ("missing.pt2", "there is no such file"),
@@ -111,7 +111,9 @@ def test_npz_with_x_and_y(tmp_path: Path) -> None:
 def test_npz_without_labels_and_with_several_inputs(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.zeros((4, 3)))
     assert load_data(str(tmp_path / "a.npz")).shape == (4, 3)
-    np.savez(tmp_path / "b.npz", input_ids=np.zeros((4, 7), np.int64), mask=np.ones((4, 7)), y=np.zeros(4, int))
+    np.savez(
+        tmp_path / "b.npz", input_ids=np.zeros((4, 7), np.int64), mask=np.ones((4, 7)), y=np.zeros(4, int)
+    )
     inputs, labels = load_data(str(tmp_path / "b.npz"))
     assert sorted(inputs) == ["input_ids", "mask"]
     assert len(labels) == 4
@@ -140,7 +142,7 @@ def test_a_truncated_npz_is_a_calibration_error(tmp_path: Path, cut: int) -> Non
     path = tmp_path / "data.npz"
     np.savez(path, x=np.zeros((4, 3)), y=np.zeros(4, int))
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CalibrationError, match="not a readable .npz"):
+    with pytest.raises(CalibrationError, match="not a readable"):
         load_data(str(path))
 
 
@@ -148,12 +150,12 @@ def test_a_pickle_in_an_npz_is_never_loaded(tmp_path: Path) -> None:
     path = tmp_path / "data.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x.npy", b"\x80\x04K\x01.")
-    with pytest.raises(CalibrationError, match="not a readable .npz"):
+    with pytest.raises(CalibrationError, match="not a readable"):
         load_data(str(path))
 
 
 def test_data_of_no_known_form(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="neither an .npz file, nor a folder"):
+    with pytest.raises(InputError, match="nor a folder"):
         load_data("data.csv")
     with pytest.raises(InputError, match="no such file"):
         load_data(str(tmp_path / "missing.npz"))
@@ -171,7 +173,9 @@ def images(tmp_path: Path) -> Path:
     for name, color, files in (("b_red", (255, 0, 0), 3), ("a_blue", (0, 0, 255), 2)):
         (folder / name).mkdir(parents=True)
         for number in range(files):
-            Image.new("RGB", (10 + number, 20), color).save(folder / name / f"{number}.{'png' if number else 'bmp'}")
+            Image.new("RGB", (10 + number, 20), color).save(
+                folder / name / f"{number}.{'png' if number else 'bmp'}"
+            )
         (folder / name / "notes.txt").write_text("not an image")
     return folder
 
@@ -228,7 +232,9 @@ def test_an_empty_folder_and_a_broken_image(images: Path, tmp_path: Path) -> Non
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(1, 9), st.booleans(), st.booleans())
-def test_rebatching_keeps_rows_and_order(sizes: list[int], batch_size: int, labelled: bool, named: bool) -> None:
+def test_rebatching_keeps_rows_and_order(
+    sizes: list[int], batch_size: int, labelled: bool, named: bool
+) -> None:
     x = np.arange(sum(sizes) * 2).reshape(-1, 2)
     y = np.arange(len(x))
     cuts = np.cumsum(sizes)[:-1]
@@ -243,7 +249,9 @@ def test_rebatching_keeps_rows_and_order(sizes: list[int], batch_size: int, labe
     back = np.concatenate([b["a"] if isinstance(b, dict) else b for b, _ in batches])
     np.testing.assert_array_equal(back, x)
     if labelled:
-        np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches if labels is not None]), y)
+        np.testing.assert_array_equal(
+            np.concatenate([labels for _, labels in batches if labels is not None]), y
+        )
     else:
         assert all(labels is None for _, labels in batches)
 
@@ -252,6 +260,9 @@ def test_rebatching_whole_arrays() -> None:
     x, y = np.arange(10).reshape(5, 2), np.arange(5)
     assert [len(inputs) for inputs, _ in batches_of((x, y), 2)] == [2, 2, 1]
     assert [labels for _, labels in batches_of(x, 3)] == [None, None]
+    assert [len(inputs) for inputs, _ in batches_of((x, y), 2, max_rows=3)] == [2, 1]
+    assert [len(inputs) for inputs, _ in batches_of((x, y), 2, max_rows=4)] == [2, 2]
+    assert [len(inputs) for inputs, _ in batches_of((x, y), 2, max_rows=9)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("data", [5, "text", [("a", "b")]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -104,9 +105,15 @@ def _broken() -> dict[str, tuple[Program, str]]:
         "unknown target": (with_first(Jump(Edge("third", ("h",)))), "unknown block 'third'"),
         "too few values": (with_first(Branch(gate, (leave, Edge("second", ())))), "0 values bind 1 params"),
         "no such value": (with_first(Branch(gate, (leave, Edge("second", ("q",))))), "'q' does not exist"),
-        "cycle": (replace(chain, blocks=(first, replace(second, terminator=Jump(Edge("first", ("late",)))))), "edge back"),
+        "cycle": (
+            replace(chain, blocks=(first, replace(second, terminator=Jump(Edge("first", ("late",)))))),
+            "edge back",
+        ),
         "gate of three": (with_first(Branch(ConstantGate(0, 3), (leave, go_on))), "3 actions for 2 edges"),
-        "action out of range": (with_first(Branch(ConstantGate(2, 2), (leave, go_on))), "constant action 2 of 2"),
+        "action out of range": (
+            with_first(Branch(ConstantGate(2, 2), (leave, go_on))),
+            "constant action 2 of 2",
+        ),
         "gate reads elsewhere": (
             with_first(Branch(LinearGate(("late",), ((1.0,) * 3, (0.0,) * 3), (0.0, 0.0)), (leave, go_on))),
             "reads 'late', which does not reach it",
@@ -116,7 +123,7 @@ def _broken() -> dict[str, tuple[Program, str]]:
             r"not \[2\]\[3\]",
         ),
         "gate not finite": (
-            with_first(Branch(LinearGate(("h",), ((float("nan"),) * 3, (0.0,) * 3), (0.0, 0.0)), (leave, go_on))),
+            with_first(Branch(LinearGate(("h",), ((math.nan,) * 3, (0.0,) * 3), (0.0, 0.0)), (leave, go_on))),
             "finite",
         ),
         "exits twice": (with_first(Branch(gate, (replace(leave, exit="backbone"), go_on))), "not unique"),

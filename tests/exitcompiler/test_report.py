@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 from sample_report import sample_control_flow, sample_report
 
-from exitcompiler.controlflow import BATCH, BlockInterface, Branch, ConstantGate, ControlFlow, Edge, Return, ValueSpec
+from exitcompiler.controlflow import (
+    BATCH,
+    BlockInterface,
+    Branch,
+    ConstantGate,
+    ControlFlow,
+    Edge,
+    Return,
+    ValueSpec,
+)
 from exitcompiler.drawing import draw_control_flow
 from exitcompiler.errors import InputError
 from exitcompiler.report import render_report, write_report
@@ -119,7 +128,9 @@ def test_names_are_escaped_everywhere() -> None:
     report["settings"][evil] = evil
     logits = ValueSpec((BATCH, 2), "float32")
     flow = ControlFlow(
-        {"x": logits}, {"y": logits}, (BlockInterface(evil, {"x": logits}, {"y": logits}, Return(("y",), evil)),)
+        {"x": logits},
+        {"y": logits},
+        (BlockInterface(evil, {"x": logits}, {"y": logits}, Return(("y",), evil)),),
     )
     checker = _read(render_report(report, flow))
     assert "script" not in checker.tags

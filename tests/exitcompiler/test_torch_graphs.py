@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from exitcompiler.runtime.torch_graphs import load_body, resolve_operator
 from hypothesis import given
 from models import ZOO
 from programs import aten, build_body, programs, rows
@@ -21,6 +20,7 @@ from exitcompiler.capture import capture
 from exitcompiler.controlflow import ValueSpec
 from exitcompiler.errors import ArtifactError, LoweringError
 from exitcompiler.program import Program
+from exitcompiler.runtime.torch_graphs import load_body, resolve_operator
 from exitcompiler.torch_graphs import serialize_body
 
 ROW = torch.tensor([[1.0, -2.0, 3.0]])

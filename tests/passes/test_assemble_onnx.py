@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from exitcompiler.passes.assemble_onnx import EXIT_INDEX, assemble_onnx
 from onnx_programs import TestProgram, cascade, chain, diamond, plain, random_program, random_rows, to_onnx
 
 from exitcompiler.controlflow import (
@@ -26,6 +25,7 @@ from exitcompiler.controlflow import (
     successors,
 )
 from exitcompiler.errors import LoweringError
+from exitcompiler.passes.assemble_onnx import EXIT_INDEX, assemble_onnx
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 HEAVY = {"Conv", "MatMul", "Gemm"}

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exitcompiler.passes.find_cut_points import CutPoint, find_cut_points
-from exitcompiler.passes.split_block import split_block
 from models import ZOO, captured, images, tokens, vectors
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +13,8 @@ from torch.nn import functional
 from exitcompiler.capture import capture
 from exitcompiler.cut_points import find_candidates
 from exitcompiler.errors import PassError
+from exitcompiler.passes.find_cut_points import CutPoint, find_cut_points
+from exitcompiler.passes.split_block import split_block
 
 
 def _names(cuts: tuple[CutPoint, ...]) -> list[str]:

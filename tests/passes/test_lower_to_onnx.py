@@ -13,10 +13,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from exitcompiler.passes.assemble_onnx import EXIT_INDEX, assemble_onnx
-from exitcompiler.passes.find_cut_points import find_cut_points
-from exitcompiler.passes.lower_to_onnx import OPSET, lower_blocks
-from exitcompiler.passes.split_block import split_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ZOO
@@ -42,6 +38,10 @@ from exitcompiler.errors import LoweringError
 from exitcompiler.export import trace_body
 from exitcompiler.interpreter import interpret
 from exitcompiler.onnx_utils import IR_VERSION
+from exitcompiler.passes.assemble_onnx import EXIT_INDEX, assemble_onnx
+from exitcompiler.passes.find_cut_points import find_cut_points
+from exitcompiler.passes.lower_to_onnx import OPSET, lower_blocks
+from exitcompiler.passes.split_block import split_block
 from exitcompiler.program import Block, Program
 
 IMAGE = ValueSpec(("batch", 3, 8, 8), "float32")

@@ -7,13 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from exitcompiler.passes.base import Pass, PassResult
-from exitcompiler.passes.eliminate_dead_code import EliminateDeadCode, eliminate_dead_code
-from exitcompiler.passes.insert_exits import InsertExits, insert_exits
-from exitcompiler.passes.merge_blocks import MergeBlocks, merge_blocks
-from exitcompiler.passes.pipeline import Pipeline, dump_to
-from exitcompiler.passes.prune_constant_gates import PruneConstantGates, prune_constant_gates
-from exitcompiler.passes.set_gates import ExitSetting, SetGates, set_gates
 from hypothesis import given
 from programs import ROW, aten, build_body, diamond, exit_chain, programs, row_block, row_program, rows
 
@@ -21,6 +14,13 @@ from exitcompiler.availability import pass_along
 from exitcompiler.controlflow import Branch, ConstantGate, Edge, Jump, LinearGate, Return, ValueSpec
 from exitcompiler.errors import PassError, VerifyError
 from exitcompiler.interpreter import interpret
+from exitcompiler.passes.base import Pass, PassResult
+from exitcompiler.passes.eliminate_dead_code import EliminateDeadCode, eliminate_dead_code
+from exitcompiler.passes.insert_exits import InsertExits, insert_exits
+from exitcompiler.passes.merge_blocks import MergeBlocks, merge_blocks
+from exitcompiler.passes.pipeline import Pipeline, dump_to
+from exitcompiler.passes.prune_constant_gates import PruneConstantGates, prune_constant_gates
+from exitcompiler.passes.set_gates import ExitSetting, SetGates, set_gates
 from exitcompiler.printer import print_program
 from exitcompiler.program import ExitHead, Program
 from exitcompiler.verify import verify
@@ -67,7 +67,8 @@ def _edges(terminator: object) -> list[Edge]:
 
 
 @pytest.mark.parametrize(("action", "text"), [
-    (0, 'first(x: float32[batch, 3]) -> (early: float32[batch, 3]):\n    1 tanh, 1 neg\n    return "first" (early)'),
+    (0, 'first(x: float32[batch, 3]) -> (early: float32[batch, 3]):\n'
+        '    1 tanh, 1 neg\n    return "first" (early)'),
     (1, 'second(x: float32[batch, 3]) -> (late: float32[batch, 3]):\n'
         '    1 tanh, 1 mul.Tensor\n    return "backbone" (late)'),
 ])  # fmt: skip
@@ -97,8 +98,8 @@ def test_prune_folds_a_diamond_without_losing_the_join() -> None:
 
 
 def test_dead_values_go_across_block_borders() -> None:
-    unused = row_block("a", ["x"], [("h", aten.tanh.default, ("x",)), ("u", aten.neg.default, ("x",))], ["h", "u"],
-                       Jump(Edge("b", ("h", "u", "x"))))  # fmt: skip
+    operations = [("h", aten.tanh.default, ("x",)), ("u", aten.neg.default, ("x",))]
+    unused = row_block("a", ["x"], operations, ["h", "u"], Jump(Edge("b", ("h", "u", "x"))))
     user = row_block("b", ["k", "d", "z"], [("y", aten.relu.default, ("k",))], ["y"], Return(("y",), "end"))
     smaller = eliminate_dead_code(row_program(unused, user))
     assert print_program(smaller, bodies=True).splitlines()[1:] == [

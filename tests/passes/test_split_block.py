@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exitcompiler.passes.find_cut_points import find_cut_points
-from exitcompiler.passes.split_block import split_block
 from models import ZOO, captured
 from torch import Tensor
 
 from exitcompiler.cut_points import CutPoint, find_candidates
 from exitcompiler.errors import PassError
+from exitcompiler.passes.find_cut_points import find_cut_points
+from exitcompiler.passes.split_block import split_block
 from exitcompiler.printer import print_program
 from exitcompiler.program import Jump, Program, Return
 from exitcompiler.verify import verify

@@ -71,7 +71,9 @@ def test_baselines_show_the_best_within_the_limit() -> None:
 def test_certificate_says_how_many_rows_a_tighter_one_needs(change: dict[str, Any], expected: str) -> None:
     certificate = sample_report()["certificate"] | change
     sentence = certificate_sentence(certificate)
-    assert sentence.startswith("With 95% confidence the excess error (wrong where the whole network is right)")
+    assert sentence.startswith(
+        "With 95% confidence the excess error (wrong where the whole network is right)"
+    )
     assert "at most 1.78%: it was seen on 18 of 1500 held-out rows" in sentence
     assert sentence.endswith(expected) or expected in sentence
     assert ("4000" in sentence) == (change["rows_needed"] == 4000)
@@ -136,4 +138,8 @@ def test_headline_counts_one_exit_in_the_singular() -> None:
 
 
 def test_text_tables_align() -> None:
-    assert format_text_table(("a", "b"), [("xyz", "1"), ("x", "222")]) == ["  a      b", "  xyz    1", "  x    222"]
+    assert format_text_table(("a", "b"), [("xyz", "1"), ("x", "222")]) == [
+        "  a      b",
+        "  xyz    1",
+        "  x    222",
+    ]

@@ -1,0 +1,89 @@
+"""Compiles ResNet-56, and says how long each step took."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+from cifar import AugmentedImages, load_resnet
+from cifar10_setup import MAX_DROP, SEED, THREADS, Job
+
+from exitcompiler import compiler
+from exitcompiler.compiler import Details, compile_in_detail
+from exitcompiler.progress import Reporter, Step, reporting
+from exitcompiler.settings import Settings
+from exitcompiler.training import HeadRecipe
+
+__all__ = ["compile_resnet56", "settings_of"]
+
+logger = logging.getLogger("cifar10")
+
+
+@dataclass
+class _TimedReporter(Reporter):
+    """Notes how long each step of the compiler takes."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, description: str, total: float | None = None) -> Iterator[Step]:
+        logger.info("  %s", description)
+        started = time.monotonic()
+        with super().step(description, total) as step:
+            yield step
+        self.seconds[description] = self.seconds.get(description, 0.0) + time.monotonic() - started
+
+
+def settings_of(job: Job, backend: str = "onnxruntime", precision: str = "fp32") -> Settings:
+    """What the compiler is asked for."""
+    return Settings(
+        max_accuracy_drop=MAX_DROP,
+        backend=backend,
+        precision=precision,
+        threads=THREADS,
+        seed=SEED,
+        recipe=HeadRecipe(epochs=job.effort.epochs),
+    )
+
+
+def compile_resnet56(job: Job, *, with_training_images: bool) -> tuple[Details, dict[str, Any]]:
+    """Compile for ONNX Runtime fp32, one thread, batch 1.
+
+    Args:
+        job: Development rows calibrate.
+        with_training_images: Fit heads on augmented training images; else on a share of the
+            calibration rows.
+
+    Returns:
+        What the compiler made, and figures: seconds in all and by step, what was kept or refused.
+    """
+    model = load_resnet(job.weights, 56)
+    images = None
+    if with_training_images:
+        images = AugmentedImages(job.split.train_pixels, job.split.train_labels, seed=SEED)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(enabled: bool | None = None) -> Iterator[Reporter]:
+        with reporting(False) as reporter:
+            yield _TimedReporter(reporter._progress, seconds)
+
+    started = time.monotonic()
+    # The compiler opens its own progress bars and hands out no times, hence the patch.
+    with mock.patch.object(compiler, "reporting", timed):
+        details = compile_in_detail(model, (job.split.x, job.split.y), images, settings_of(job))
+    figures = {
+        "seconds": time.monotonic() - started,
+        "steps_seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "exits": list(details.compiled.exits),
+        "points": [point.name for point in details.compiled.operating_points],
+        "refused": details.compiled.artifact.report.get("refused"),
+        "execution": details.compiled.execution,
+        "notes": list(details.compiled.notes),
+    }
+    return details, figures

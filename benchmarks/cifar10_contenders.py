@@ -1,0 +1,182 @@
+"""What stands in the table: the program at its points, smaller networks, bf16, int8."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime as ort
+from cifar import load_resnet
+from cifar10_compile import settings_of
+from cifar10_setup import THREADS, Array, Job
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from exitcompiler.capture import capture
+from exitcompiler.certify import first_output
+from exitcompiler.engines import Lowerer
+from exitcompiler.errors import BackendUnavailableError
+from exitcompiler.packaging import pack
+from exitcompiler.runtime.backends import create_backend
+from exitcompiler.runtime.compiled import CompiledModel
+from exitcompiler.runtime.loading import open_artifact
+from exitcompiler.runtime.manifest import Artifact, Execution, block_path
+from exitcompiler.runtime.timing import measure_interleaved
+
+__all__ = ["PLAIN", "Contender", "answers", "contenders_of"]
+
+logger = logging.getLogger("cifar10")
+
+PLAIN: Final = "ResNet-56"
+STATIC_DEPTHS: Final = (44, 32, 20)
+CALIBRATION_ROWS: Final = 512
+BATCH: Final = 64
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table.
+
+    Args:
+        name: Unique in its table.
+        kind: "plain" (the whole ResNet-56 at fp32), "program", "static", "bf16" or "int8".
+        engine: Backend and precision.
+        model: What is called.
+    """
+
+    name: str
+    kind: str
+    engine: str
+    model: CompiledModel
+
+
+def contenders_of(job: Job, compiled: CompiledModel, backend: str) -> list[Contender]:
+    """Everything that is compared on one backend; the whole ResNet-56 first.
+
+    Args:
+        job: Weights, and development rows for the int8 calibration.
+        compiled: Compiled for ONNX Runtime; the same artifact is opened on ``backend``.
+        backend: "onnxruntime" or "openvino".
+    """
+    program = compiled if backend == compiled.backend.name else _reopen(compiled, backend, job)
+    engine = f"{_title(backend)} fp32"
+    found = [Contender(PLAIN, "plain", engine, program.plain)]
+    plain_name = program.plain.operating_point.name
+    for point in program.operating_points:
+        if point.name != plain_name:
+            model = program if point.name == program.operating_point.name else program.select(name=point.name)
+            found.append(Contender(f"program, {point.name}", "program", engine, model))
+    for depth in STATIC_DEPTHS:
+        model = _static(job, depth, backend, "fp32")
+        found.append(Contender(f"ResNet-{depth}", "static", engine, model))
+    found.append(Contender("ResNet-56 int8", "int8", f"{_title(backend)} int8", _int8(job, backend)))
+    try:
+        reduced = _static(job, 56, "openvino", "bf16")
+        found.append(Contender("ResNet-56 bf16", "bf16", "OpenVINO bf16", reduced))
+    except BackendUnavailableError as error:
+        logger.warning("bf16 is not measured: %s", error)
+    return found
+
+
+def answers(model: CompiledModel, x: Array, batch: int = BATCH) -> tuple[Array, Array]:
+    """Predicted class and exit index of every row."""
+    classes, exits = [], []
+    for start in range(0, len(x), batch):
+        result = model.run(x[start : start + batch])
+        classes.append(first_output(result.outputs).argmax(axis=1))
+        exits.append(np.asarray(result.exit_index))
+    return np.concatenate(classes), np.concatenate(exits)
+
+
+def _title(backend: str) -> str:
+    return {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[backend]
+
+
+def _reopen(compiled: CompiledModel, backend: str, job: Job) -> CompiledModel:
+    """The same artifact on another backend, single rows run in whichever way is faster there."""
+    models: dict[str, CompiledModel] = {
+        way: open_artifact(_with_execution(compiled.artifact, way), backend, threads=THREADS) for way in _WAYS
+    }
+    if compiled.exits == compiled.plain.exits:  # refused: there is nothing but the plain network
+        return models["blocks"]
+    inputs = [(job.split.x[i : i + 1],) for i in range(200)]
+    times = measure_interleaved(models, inputs, repeats=200, warmup=10)
+    return models[min(_WAYS, key=lambda way: float(times[way].mean()))]
+
+
+_WAYS: Final[tuple[Execution, ...]] = ("blocks", "single")
+
+
+def _with_execution(artifact: Artifact, execution: Execution) -> Artifact:
+    first, *others = artifact.manifest.operating_points
+    points = (replace(first, execution=execution), *others)
+    return replace(artifact, manifest=replace(artifact.manifest, operating_points=points))
+
+
+def _static(job: Job, depth: int, backend: str, precision: str) -> CompiledModel:
+    """A whole network through the same capture, lowering and call as the program."""
+    captured = capture(load_resnet(job.weights, depth), job.split.x[:8])
+    artifact = pack(
+        [],
+        captured.program,
+        0.0,  # estimates are not read here
+        0.0,
+        captured.structure,
+        create_backend(backend, precision=precision, threads=THREADS),
+        Lowerer(),
+        settings_of(job, backend, precision),
+    )
+    return open_artifact(artifact, backend, threads=THREADS)
+
+
+def _int8(job: Job, backend: str) -> CompiledModel:
+    """The whole ResNet-56, quantised by ONNX Runtime's own tool, run through the same call."""
+    model = _static(job, 56, "onnxruntime", "fp32")
+    artifact = model.artifact
+    (point,) = artifact.manifest.operating_points
+    ((block, file),) = point.files.items()
+    quantised = quantise(artifact.files[block_path(file)], job.split.x[:CALIBRATION_ROWS])
+    name = f"{hashlib.sha256(quantised).hexdigest()}.onnx"
+    manifest = replace(artifact.manifest, operating_points=(replace(point, files={block: name}),))
+    files = {**artifact.files, block_path(name): quantised}
+    return open_artifact(replace(artifact, manifest=manifest, files=files), backend, threads=THREADS)
+
+
+class _Rows(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, name: str, x: Array) -> None:
+        self._batches: Iterator[dict[str, Array]] = iter(
+            [{name: x[start : start + BATCH]} for start in range(0, len(x), BATCH)]
+        )
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._batches, None)
+
+
+def quantise(model: bytes, x: Array) -> bytes:
+    """Static int8 quantisation: QDQ, weights per channel.
+
+    Args:
+        model: ONNX, float32.
+        x: Calibration rows, ``float32 [rows, 3, 32, 32]``.
+    """
+    name = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).get_inputs()[0].name
+    with tempfile.TemporaryDirectory() as folder:
+        source, prepared, target = (Path(folder) / f"{stem}.onnx" for stem in ("fp32", "prepared", "int8"))
+        source.write_bytes(model)
+        quant_pre_process(str(source), str(prepared))
+        quantize_static(
+            str(prepared),
+            str(target),
+            _Rows(name, x),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return target.read_bytes()

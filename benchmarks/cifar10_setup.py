@@ -1,0 +1,166 @@
+"""How much the CIFAR-10 benchmark does, what it works on, and where its figures go."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from cifar import Split, load_split
+
+__all__ = ["FULL", "MAX_DROP", "QUICK", "SEED", "THREADS", "Array", "Effort", "Figures", "Job", "open_job"]
+
+logger = logging.getLogger("cifar10")
+
+Array: TypeAlias = npt.NDArray[Any]
+
+SEED: Final = 0
+THREADS: Final = 1
+"""Of every engine that is compared."""
+
+MAX_DROP: Final = 0.01
+"""The accuracy drop that the compiler is asked to keep."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many rows, repeats and epochs.
+
+    Args:
+        train_images: For exit heads.
+        epochs: Of the exit heads; None: the compiler's own choice.
+        calibration_rows: Of the development rows.
+        final_rows: Of the final rows, for accuracies.
+        timed_rows: Final rows that every contender of a table is timed on.
+        headline_rows: Final rows that the final speed-up is timed on.
+        batches: Timed batches of 32 and of 64.
+        resplits: Random re-splits of the test rows.
+        sweep_steps: Trade-offs of each re-split's sweep.
+        starts: Fresh processes that load the artifact.
+        earlyon_epochs: Of earlyon's heads.
+    """
+
+    train_images: int = 30_000
+    epochs: int | None = None
+    calibration_rows: int = 5000
+    final_rows: int = 5000
+    timed_rows: int = 2000
+    headline_rows: int = 4000
+    batches: int = 100
+    resplits: int = 20
+    sweep_steps: int = 14
+    starts: int = 5
+    earlyon_epochs: int = 3
+
+
+FULL: Final = Effort()
+QUICK: Final = Effort(
+    train_images=2000,
+    epochs=1,
+    calibration_rows=1500,
+    final_rows=600,
+    timed_rows=60,
+    headline_rows=120,
+    batches=4,
+    resplits=2,
+    sweep_steps=6,
+    starts=1,
+    earlyon_epochs=1,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the benchmark works on.
+
+    Args:
+        data: The folder with CIFAR-10.
+        weights: The folder with the ResNets.
+        out: Where artifacts, caches and figures go.
+        effort: How much to do.
+        split: Rows by what they may be used for, cut to ``effort``.
+    """
+
+    data: Path
+    weights: Path
+    out: Path
+    effort: Effort
+    split: Split
+
+    @property
+    def timed(self) -> Array:
+        """Final images that contenders are timed on, drawn at random, ``[rows, 3, 32, 32]``."""
+        return self.draw(self.effort.timed_rows, SEED)
+
+    def draw(self, rows: int, seed: int) -> Array:
+        """Final images in random order, none twice."""
+        order = np.random.default_rng(seed).permutation(len(self.split.final_x))
+        return self.split.final_x[order[:rows]]
+
+
+def open_job(data: Path, weights: Path, out: Path, effort: Effort) -> Job:
+    """Read the data and make the output folder."""
+    split = load_split(data)
+    cut = replace(
+        split,
+        train_pixels=split.train_pixels[: effort.train_images],
+        train_labels=split.train_labels[: effort.train_images],
+        x=split.x[: effort.calibration_rows],
+        y=split.y[: effort.calibration_rows],
+        final_x=split.final_x[: effort.final_rows],
+        final_y=split.final_y[: effort.final_rows],
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    return Job(data, weights, out, effort, cut)
+
+
+@dataclass
+class Figures:
+    """Everything that was measured, written to a file after every stage, so that nothing is lost.
+
+    Args:
+        path: The JSON file.
+        values: Stage -> figures.
+        seconds: Stage -> how long it took.
+    """
+
+    path: Path
+    values: dict[str, Any]
+    seconds: dict[str, float]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Run a stage, which fills in the dict it is given."""
+        logger.info("%s ...", name)
+        started = time.monotonic()
+        figures: dict[str, Any] = {}
+        yield figures
+        self.values[name] = figures
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        logger.info("%s: %.1f s", name, self.seconds[name])
+        self.path.write_text(
+            json.dumps({**self.values, "stage_seconds": self.seconds}, indent=1, default=plain)
+        )
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        figures = self.values[name]
+        assert isinstance(figures, dict)
+        return figures
+
+
+def plain(value: object) -> Any:
+    """Numpy numbers and arrays as JSON has them."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is not plain data")

@@ -1,0 +1,288 @@
+"""The command line, with a stand-in for the compiled model where none is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_compiled import FakeCompiled
+from sample_report import sample_control_flow, sample_report
+from typer.testing import CliRunner
+
+import exitcompiler
+from exitcompiler.artifact import save_artifact
+from exitcompiler.benchmarking import answer_rows, benchmark, logits_of
+from exitcompiler.cli import app
+from exitcompiler.controlflow import OutputStructure
+from exitcompiler.errors import CalibrationError
+from exitcompiler.runtime.manifest import (
+    MODEL_FILE,
+    Artifact,
+    Estimate,
+    Manifest,
+    OperatingPoint,
+    block_path,
+)
+
+ROWS = np.array([[3.0, 0.0], [0.0, 2.0], [0.4, 0.0], [1.0, 2.0]], np.float32)
+LABELS = np.array([0, 1, 0, 0])
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.npz"
+    np.savez(path, x=ROWS, y=LABELS)
+    return path
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """A saved artifact whose blocks no engine has to read."""
+    flow = sample_control_flow()
+    contents = {block.name: f"model of {block.name}".encode() for block in flow.blocks}
+    files = {name: f"{hashlib.sha256(content).hexdigest()}.onnx" for name, content in contents.items()}
+    rates = {"layer1.8": 0.31, "layer2.6": 0.42, "backbone": 0.27}
+    point = OperatingPoint("chosen", flow, files, Estimate(0.93, 0.008, 0.012, 0.75, rates))
+    manifest = Manifest(
+        flow.inputs,
+        flow.outputs,
+        OutputStructure("tensor"),
+        "onnxruntime",
+        "fp32",
+        1,
+        1,
+        (point,),
+        0,
+        0,
+        one_file=0,
+    )
+    pool = {block_path(files[name]): content for name, content in contents.items()}
+    path = tmp_path / "model.exit"
+    save_artifact(Artifact(manifest, {**pool, MODEL_FILE: b"one file"}, sample_report()), path)
+    return path
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch, artifact: Path) -> FakeCompiled:
+    """What ``exitcompiler.load`` gives to the commands."""
+    from exitcompiler.runtime.artifact_files import read_artifact
+
+    fake = FakeCompiled()
+    fake.artifact = read_artifact(artifact)
+    monkeypatch.setitem(vars(exitcompiler), "load", lambda path, **options: fake)
+    return fake
+
+
+def test_help_lists_every_command() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    for command in ("compile", "inspect", "run", "bench", "report", "export", "demo"):
+        assert command in result.stdout
+
+
+def test_run_answers_rows(loaded: FakeCompiled, data: Path, tmp_path: Path) -> None:
+    result = call("run", "model.exit", "--data", data, "-o", tmp_path / "answers.npz")
+    assert result.exit_code == 0, result.stderr
+    assert "4 rows, 75.0% right; left at early 50.0%, backbone 50.0%" in result.stdout
+    with np.load(tmp_path / "answers.npz") as answers:
+        assert answers["prediction"].tolist() == [0, 1, 0, 1]
+        assert answers["exit_index"].tolist() == [0, 1, 1, 0]
+        assert answers["exits"].tolist() == ["early", "backbone"]
+
+
+def test_json_is_all_that_is_on_stdout(loaded: FakeCompiled, data: Path) -> None:
+    result = call("run", "model.exit", "--data", data, "--json", "--batch-size", 3)
+    figures = json.loads(result.stdout)
+    assert figures["accuracy"] == 0.75
+    assert figures["exit_rates"] == {"early": 0.5, "backbone": 0.5}
+    assert [answer["class"] for answer in figures["answers"]] == [0, 1, 0, 1]
+    assert "4 rows" in result.stderr
+
+
+def test_run_stops_after_max_rows(loaded: FakeCompiled, data: Path) -> None:
+    figures = json.loads(call("run", "model.exit", "--data", data, "--json", "--max-rows", 3).stdout)
+    assert figures["rows"] == 3
+
+
+def test_max_rows_need_not_be_a_multiple_of_the_batch_size(loaded: FakeCompiled, data: Path) -> None:
+    arguments = ("--json", "--max-rows", 3, "--batch-size", 2)
+    assert json.loads(call("run", "model.exit", "--data", data, *arguments).stdout)["rows"] == 3
+
+
+def test_bench_prints_both_programs_and_every_exit(loaded: FakeCompiled, data: Path) -> None:
+    result = call("bench", "model.exit", "--data", data, "--json", "--passes", 2)
+    assert result.exit_code == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["rows"] == 4
+    for name in ("program", "plain"):
+        assert figures[name]["p50_ms"] <= figures[name]["p95_ms"] <= figures[name]["p99_ms"]
+        assert figures[name]["accuracy"] == 0.75
+    speedup = figures["speedup"]
+    assert speedup["lower"] <= speedup["value"] <= speedup["upper"]
+    assert figures["agreement"] == 1.0
+    assert [(exit["name"], exit["rate"], exit["accuracy"]) for exit in figures["exits"]] == [
+        ("early", 0.5, 0.5),
+        ("backbone", 0.5, 1.0),
+    ]
+    assert "whole network" in result.stderr
+
+
+def test_inspect_needs_no_backend(artifact: Path) -> None:
+    result = call("inspect", artifact, "--json")
+    assert result.exit_code == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["inputs"] == {"x": "float32[batch, 3, 32, 32]"}
+    assert figures["operating_points"][0]["selected"] is True
+    assert figures["report"] == sample_report()
+    text = call("inspect", artifact).stdout
+    assert "resnet56: 2 exits kept of 3 tried" in text
+    assert "chosen *" in text
+
+
+def test_report_writes_the_page_with_the_drawing(artifact: Path, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    assert call("report", artifact, "-o", path).exit_code == 0
+    assert "Program of 3 blocks with the exits layer1.8, layer2.6, backbone" in path.read_text()
+
+
+def test_export_one_file_and_blocks(artifact: Path, tmp_path: Path) -> None:
+    assert call("export", artifact, "-o", tmp_path / "model.onnx").exit_code == 0
+    assert (tmp_path / "model.onnx").read_bytes() == b"one file"
+    folder = tmp_path / "blocks"
+    assert call("export", artifact, "-o", folder, "--format", "blocks").exit_code == 0
+    program = json.loads((folder / "program.json").read_text())
+    assert [block["name"] for block in program["blocks"]] == ["b0", "b1", "b2"]
+    assert {name: (folder / file).read_bytes() for name, file in program["files"].items()} == {
+        name: f"model of {name}".encode() for name in ("b0", "b1", "b2")
+    }
+
+
+def test_errors_are_one_message_with_the_remedy_and_exit_code_1(tmp_path: Path, data: Path) -> None:
+    for arguments in (
+        ("inspect", tmp_path / "missing.exit"),
+        ("run", tmp_path / "missing.exit", "--data", data),
+        ("compile", "model.onnx", "--calib", data, "-o", tmp_path / "out.exit"),
+        ("compile", "no_such_module:f", "--calib", data, "-o", tmp_path / "out.exit"),
+        ("compile", "torch:Tensor", "--calib", data, "-o", tmp_path / "no_such_folder" / "out.exit"),
+    ):
+        result = call(*arguments)
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert "Traceback" not in result.stderr
+
+
+def test_debug_keeps_the_traceback(tmp_path: Path) -> None:
+    result = call("--debug", "inspect", tmp_path / "missing.exit")
+    assert isinstance(result.exception, exitcompiler.ArtifactError)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("run", "model.exit"),
+        (
+            "compile",
+            "m:f",
+            "--calib",
+            "d.npz",
+            "-o",
+            "o.exit",
+            "--max-drop",
+            "0.1",
+            "--latency-budget-ms",
+            "2",
+        ),
+        ("compile", "m:f", "--calib", "d.npz", "-o", "o.exit", "--max-drop", "7"),
+        ("compile", "m:f", "--calib", "d.npz", "-o", "o.exit", "--batch-size", "0"),
+        ("compile", "m:f", "--calib", "d.npz", "-o", "o.exit", "--mean", "a,b"),
+        ("compile", "m:f", "--calib", "d.npz", "-o", "o.exit", "--image-size", "12"),
+        ("export", "model.exit", "-o", "x", "--format", "pickle"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
+    assert call(*arguments).exit_code == 2
+
+
+def test_compile_passes_on_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path, artifact: Path
+) -> None:
+    (tmp_path / "cli_factories.py").write_text(
+        "import torch\ndef model():\n    return torch.nn.Linear(2, 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    seen: dict[str, Any] = {}
+
+    class Compiled:
+        artifact = type("A", (), {"report": {"refused": None}})
+
+        def save(self, path: Path) -> None:
+            seen["saved"] = path
+
+        def explain(self) -> str:
+            return "because [of this]"
+
+    def fake_compile(model: object, calib: object, **options: object) -> Compiled:
+        seen.update(options, model=model, calib=calib)
+        return Compiled()
+
+    monkeypatch.setitem(vars(exitcompiler), "compile", fake_compile)
+    result = call(
+        "compile", "cli_factories:model", "--calib", data, "--train", data, "-o", "out.exit",
+        "--latency-budget-ms", "2", "--backend", "openvino", "--precision", "bf16", "--batch-size", "8",
+        "--threads", "2", "--seed", "3", "--logits", "1", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {"artifact": "out.exit", "report": {"refused": None}}
+    assert "because [of this]" in result.stderr
+    assert type(seen["model"]).__name__ == "Linear"
+    np.testing.assert_array_equal(seen["calib"][0], ROWS)
+    np.testing.assert_array_equal(seen["train_data"][1], LABELS)
+    expected = {
+        "max_accuracy_drop": None, "latency_budget_ms": 2.0, "backend": "openvino", "precision": "bf16",
+        "batch_size": 8, "threads": 2, "seed": 3, "logits": 1, "saved": Path("out.exit"),
+    }  # fmt: skip
+    assert {key: seen[key] for key in expected} == expected
+
+
+def test_module_and_script_are_the_same_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "exitcompiler", "--help"], check=True, capture_output=True, text=True
+    )
+    assert "compile" in result.stdout
+
+
+def test_without_typer_the_command_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; import exitcompiler.__main__ as m; m.main()"
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install 'exitcompiler[cli]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_logits_are_the_first_output_of_any_structure() -> None:
+    logits = np.zeros((1, 2))
+    for outputs in (logits, (logits, 1), {"logits": logits, "other": 2}, ((logits,),)):
+        assert logits_of(outputs) is logits
+
+
+def test_benchmark_of_no_rows_is_an_error() -> None:
+    with pytest.raises(CalibrationError, match="no rows"):
+        benchmark(FakeCompiled(), iter([]))  # type: ignore[arg-type]
+
+
+def test_batches_of_any_size_give_the_same_answers() -> None:
+    one, all_at_once = (answer_rows(FakeCompiled(), (ROWS, LABELS), size) for size in (1, 9))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(one.predictions, all_at_once.predictions)
+    assert one.exit_rates == all_at_once.exit_rates
