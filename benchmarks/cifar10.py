@@ -21,7 +21,7 @@ import numpy as np
 from cifar10_chart import draw
 from cifar10_checks import exit_agreement, parity, start_without_torch, surroundings
 from cifar10_compile import compile_resnet56
-from cifar10_contenders import contenders_of
+from cifar10_contenders import contenders_of, static_artifacts
 from cifar10_earlyon import measure_earlyon
 from cifar10_frontiers import compare_gates, resplit_all, score_all
 from cifar10_latency import against_ideal, final_figure, table
@@ -35,6 +35,7 @@ __all__ = ["main"]
 
 logger = logging.getLogger("cifar10")
 
+BACKENDS = ("onnxruntime", "openvino")
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
@@ -85,7 +86,10 @@ def run(job: Job, figures: Figures) -> None:
 
 def _measure(job: Job, details: Details, figures: Figures) -> None:
     """Everything on the wall clock, and what is checked on the way."""
-    contenders = {name: contenders_of(job, details.compiled, name) for name in ("onnxruntime", "openvino")}
+    with figures.stage("contenders") as found:
+        statics = static_artifacts(job)
+        contenders = {name: contenders_of(job, details.compiled, statics, name) for name in BACKENDS}
+        found |= {name: [contender.name for contender in rows] for name, rows in contenders.items()}
     programs = {
         name: next((c.model for c in found if c.kind == "program"), found[0].model)
         for name, found in contenders.items()

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 from cifar import AugmentedImages, load_resnet
-from cifar10_setup import MAX_DROP, SEED, THREADS, Job
+from cifar10_setup import SEED, THREADS, Job
 
 from exitcompiler import compiler
 from exitcompiler.compiler import Details, compile_in_detail
@@ -42,7 +42,7 @@ class _TimedReporter(Reporter):
 def settings_of(job: Job, backend: str = "onnxruntime", precision: str = "fp32") -> Settings:
     """What the compiler is asked for."""
     return Settings(
-        max_accuracy_drop=MAX_DROP,
+        max_accuracy_drop=job.effort.max_drop,
         backend=backend,
         precision=precision,
         threads=THREADS,

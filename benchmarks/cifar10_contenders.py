@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +29,7 @@ from exitcompiler.runtime.loading import open_artifact
 from exitcompiler.runtime.manifest import Artifact, Execution, block_path
 from exitcompiler.runtime.timing import measure_interleaved
 
-__all__ = ["PLAIN", "Contender", "answers", "contenders_of"]
+__all__ = ["PLAIN", "Contender", "answers", "contenders_of", "static_artifacts"]
 
 logger = logging.getLogger("cifar10")
 
@@ -37,6 +37,10 @@ PLAIN: Final = "ResNet-56"
 STATIC_DEPTHS: Final = (44, 32, 20)
 CALIBRATION_ROWS: Final = 512
 BATCH: Final = 64
+INT8: Final = "ResNet-56 int8"
+
+_TITLES: Final = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_WAYS: Final[tuple[Execution, ...]] = ("blocks", "single")
 
 
 @dataclass(frozen=True)
@@ -56,32 +60,47 @@ class Contender:
     model: CompiledModel
 
 
-def contenders_of(job: Job, compiled: CompiledModel, backend: str) -> list[Contender]:
+def static_artifacts(job: Job) -> dict[str, Artifact]:
+    """The networks without exits, each captured and lowered once: by name, for every backend."""
+    found = {f"ResNet-{depth}": _static(job, depth) for depth in (*STATIC_DEPTHS, 56)}
+    found[INT8] = _int8(found[PLAIN], job.split.x[:CALIBRATION_ROWS])
+    return found
+
+
+def contenders_of(
+    job: Job, compiled: CompiledModel, statics: Mapping[str, Artifact], backend: str
+) -> list[Contender]:
     """Everything that is compared on one backend; the whole ResNet-56 first.
 
     Args:
-        job: Weights, and development rows for the int8 calibration.
+        job: Development rows.
         compiled: Compiled for ONNX Runtime; the same artifact is opened on ``backend``.
+        statics: What ``static_artifacts`` made.
         backend: "onnxruntime" or "openvino".
     """
     program = compiled if backend == compiled.backend.name else _reopen(compiled, backend, job)
-    engine = f"{_title(backend)} fp32"
+    engine = f"{_TITLES[backend]} fp32"
     found = [Contender(PLAIN, "plain", engine, program.plain)]
     plain_name = program.plain.operating_point.name
     for point in program.operating_points:
         if point.name != plain_name:
-            model = program if point.name == program.operating_point.name else program.select(name=point.name)
-            found.append(Contender(f"program, {point.name}", "program", engine, model))
+            found.append(
+                Contender(f"program, {point.name}", "program", engine, program.select(name=point.name))
+            )
     for depth in STATIC_DEPTHS:
-        model = _static(job, depth, backend, "fp32")
-        found.append(Contender(f"ResNet-{depth}", "static", engine, model))
-    found.append(Contender("ResNet-56 int8", "int8", f"{_title(backend)} int8", _int8(job, backend)))
+        name = f"ResNet-{depth}"
+        found.append(Contender(name, "static", engine, _open(statics[name], backend)))
+    found.append(Contender(INT8, "int8", f"{_TITLES[backend]} int8", _open(statics[INT8], backend)))
     try:
-        reduced = _static(job, 56, "openvino", "bf16")
+        reduced = open_artifact(statics[PLAIN], "openvino", threads=THREADS, precision="bf16")
         found.append(Contender("ResNet-56 bf16", "bf16", "OpenVINO bf16", reduced))
     except BackendUnavailableError as error:
         logger.warning("bf16 is not measured: %s", error)
     return found
+
+
+def _open(artifact: Artifact, backend: str) -> CompiledModel:
+    return open_artifact(artifact, backend, threads=THREADS)
 
 
 def answers(model: CompiledModel, x: Array, batch: int = BATCH) -> tuple[Array, Array]:
@@ -92,10 +111,6 @@ def answers(model: CompiledModel, x: Array, batch: int = BATCH) -> tuple[Array, 
         classes.append(first_output(result.outputs).argmax(axis=1))
         exits.append(np.asarray(result.exit_index))
     return np.concatenate(classes), np.concatenate(exits)
-
-
-def _title(backend: str) -> str:
-    return {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[backend]
 
 
 def _reopen(compiled: CompiledModel, backend: str, job: Job) -> CompiledModel:
@@ -110,42 +125,37 @@ def _reopen(compiled: CompiledModel, backend: str, job: Job) -> CompiledModel:
     return models[min(_WAYS, key=lambda way: float(times[way].mean()))]
 
 
-_WAYS: Final[tuple[Execution, ...]] = ("blocks", "single")
-
-
 def _with_execution(artifact: Artifact, execution: Execution) -> Artifact:
     first, *others = artifact.manifest.operating_points
     points = (replace(first, execution=execution), *others)
     return replace(artifact, manifest=replace(artifact.manifest, operating_points=points))
 
 
-def _static(job: Job, depth: int, backend: str, precision: str) -> CompiledModel:
+def _static(job: Job, depth: int) -> Artifact:
     """A whole network through the same capture, lowering and call as the program."""
     captured = capture(load_resnet(job.weights, depth), job.split.x[:8])
-    artifact = pack(
+    settings = settings_of(job)
+    backend = create_backend(settings.backend, threads=THREADS)
+    return pack(
         [],
         captured.program,
         0.0,  # estimates are not read here
         0.0,
         captured.structure,
-        create_backend(backend, precision=precision, threads=THREADS),
+        backend,
         Lowerer(),
-        settings_of(job, backend, precision),
+        settings,
     )
-    return open_artifact(artifact, backend, threads=THREADS)
 
 
-def _int8(job: Job, backend: str) -> CompiledModel:
-    """The whole ResNet-56, quantised by ONNX Runtime's own tool, run through the same call."""
-    model = _static(job, 56, "onnxruntime", "fp32")
-    artifact = model.artifact
+def _int8(artifact: Artifact, x: Array) -> Artifact:
+    """A whole network, quantised by ONNX Runtime's own tool; it is run through the same call."""
     (point,) = artifact.manifest.operating_points
     ((block, file),) = point.files.items()
-    quantised = quantise(artifact.files[block_path(file)], job.split.x[:CALIBRATION_ROWS])
+    quantised = quantise(artifact.files[block_path(file)], x)
     name = f"{hashlib.sha256(quantised).hexdigest()}.onnx"
     manifest = replace(artifact.manifest, operating_points=(replace(point, files={block: name}),))
-    files = {**artifact.files, block_path(name): quantised}
-    return open_artifact(replace(artifact, manifest=manifest, files=files), backend, threads=THREADS)
+    return replace(artifact, manifest=manifest, files={**artifact.files, block_path(name): quantised})
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from cifar10_setup import MAX_DROP, SEED, Job
+from cifar10_setup import SEED, Job
 
 from exitcompiler.statistics import ratio_interval
 
@@ -78,7 +78,7 @@ def _run(job: Job, python: Path, out: Path, exits: Sequence[str]) -> dict[str, A
         "calibration-rows": effort.calibration_rows,
         "final-rows": effort.final_rows,
         "timed-rows": effort.timed_rows,
-        "max-drop": MAX_DROP,
+        "max-drop": effort.max_drop,
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     script = Path(__file__).with_name("earlyon_job.py")

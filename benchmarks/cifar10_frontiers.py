@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any, Final, TypeAlias
 
 import numpy as np
-from cifar10_setup import MAX_DROP, SEED, Array, Job
+from cifar10_setup import SEED, Array, Effort, Job
 
 from exitcompiler.baselines import (
     Baseline,
@@ -171,11 +171,15 @@ def resplit_all(job: Job, table: ScoreTable, costs: CostModel, jobs: int) -> dic
         jobs: Processes.
     """
     seeds = range(job.effort.resplits)
-    tasks = [(table, costs, seed, job.effort.sweep_steps) for seed in seeds]
+    tasks = [(table, costs, seed, job.effort) for seed in seeds]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes started here
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(_resplit, tasks))
-    figures: dict[str, Any] = {"resplits": len(results), "limit": MAX_DROP, "rows": table.rows // 2}
+    figures: dict[str, Any] = {
+        "resplits": len(results),
+        "limit": job.effort.max_drop,
+        "rows": table.rows // 2,
+    }
     for name in ("learned", "max_probability"):
         drops = np.array([result[name]["drop"] for result in results])
         speedups = np.array([result[name]["speedup"] for result in results])
@@ -192,16 +196,16 @@ def resplit_all(job: Job, table: ScoreTable, costs: CostModel, jobs: int) -> dic
     return figures
 
 
-def _resplit(task: tuple[ScoreTable, CostModel, int, int]) -> dict[str, dict[str, float]]:
-    table, costs, seed, steps = task
+def _resplit(task: tuple[ScoreTable, CostModel, int, Effort]) -> dict[str, dict[str, float]]:
+    table, costs, seed, effort = task
     order = np.random.default_rng(1000 + seed).permutation(table.rows)
     half = table.rows // 2
     learn, judge = table.take(np.sort(order[:half])), table.take(np.sort(order[half:]))
-    point = sweep(learn, costs, steps=steps, seed=seed).fit(max_accuracy_drop=MAX_DROP)
+    point = sweep(learn, costs, steps=effort.sweep_steps, seed=seed).fit(max_accuracy_drop=effort.max_drop)
     curve = best_on(shared_threshold(learn, exit_sets(learn), "max_probability"), learn, costs)
     found = {
         "learned": evaluate(point.policy, judge, costs),
-        "max_probability": _at_limit(curve, MAX_DROP, judge, costs),
+        "max_probability": _at_limit(curve, effort.max_drop, judge, costs),
     }
     return {
         name: {"drop": result.accuracy_drop, "speedup": costs.whole_us / result.mean_us}

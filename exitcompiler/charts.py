@@ -96,9 +96,11 @@ def draw_frontier(
                 linewidth=1.2,
                 label=_BASELINES.get(name, name.replace("_", " ")),
             )
-        xy = sorted((p["mean_latency_ms"], 100 * p["accuracy_drop"]) for p in frontier)
+        xy = [(p["mean_latency_ms"], 100 * p["accuracy_drop"]) for p in frontier]
+        axes.plot(*_columns(xy), color=_ACCENT, marker="o", markersize=4, linestyle="none", fillstyle="none")
+        best = _undominated(xy)
         axes.plot(
-            *_columns(xy), color=_ACCENT, marker="o", markersize=5, linewidth=2.2, label="learned gates"
+            *_columns(best), color=_ACCENT, marker="o", markersize=5, linewidth=2.2, label="learned gates"
         )
         for point in frontier:
             if point.get("chosen"):

@@ -64,7 +64,7 @@ def compile(
     threads: int | None = None,
     seed: int = 0,
     logits: str | int | None = None,
-    max_exits: int = 4,
+    max_exits: int = 3,
     recipe: HeadRecipe | None = None,
     progress: bool | None = None,
 ) -> CompiledModel:
@@ -362,7 +362,8 @@ def peek(data: Any) -> tuple[Any, Any]:
         CalibrationError: There is no data.
     """
     if isinstance(data, tuple | list) and len(data) == 2 and hasattr(data[1], "shape"):
-        return data, _head(data[0])
+        if isinstance(data, tuple) or len(data[1].shape) == 1:  # as in read_rows
+            return data, _head(data[0])
     if hasattr(data, "shape") or isinstance(data, Mapping):
         return data, _head(data)
     try:

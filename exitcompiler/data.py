@@ -254,6 +254,11 @@ def _concatenate(batches: Iterator[Batch], argument: str) -> Batch:
         raise CalibrationError("there are no rows", where=argument, remedy="give a few thousand rows")
     if len({label is None for label in labels}) != 1:
         raise CalibrationError("some batches have labels and some have not", where=argument)
+    for name in parts[0]:
+        kinds = {(part[name].dtype, part[name].shape[1:]) for part in parts}
+        if len(kinds) > 1:
+            shown = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in kinds)
+            raise CalibrationError(f"rows of different types: {shown}", where=f"{argument}, input {name!r}")
     inputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     known = [label for label in labels if label is not None]
     return inputs, np.concatenate(known) if known else None

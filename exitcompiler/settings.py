@@ -28,7 +28,7 @@ class Settings:
     batch_size: int = 1
     threads: int | None = None
     seed: int = 0
-    max_exits: int = 4
+    max_exits: int = 3
     recipe: HeadRecipe = field(default_factory=HeadRecipe)
 
     def __post_init__(self) -> None:

@@ -226,5 +226,11 @@ def _read_checked(source: _Source, name: str, entry: FileEntry) -> bytes:
 
 
 def _looks_pickled(content: bytes) -> bool:
-    """Whether it starts as a pickle of protocol 2 to 5, or as the zip that ``torch.save`` writes."""
+    """Whether it starts as a pickle of protocol 2 to 5, or as the zip that ``torch.save`` writes.
+
+    A safetensors file starts with the length of its header, which may look the same: there the header
+    itself tells, a JSON object from byte 8 on.
+    """
+    if content[8:9] == b"{" and content[2:8] == bytes(6):
+        return False
     return content[:4] == b"PK\x03\x04" or (content[:1] == b"\x80" and content[1:2] in b"\x02\x03\x04\x05")

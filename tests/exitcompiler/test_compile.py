@@ -191,7 +191,7 @@ BAD_DATA: dict[str, tuple[Any, str]] = {
     "labels too short": ((X, Y[:-1]), "one per row"),
     "labels not whole": ((X, Y.astype(np.float32)), "whole class numbers"),
     "NaN": ((np.where(np.arange(400)[:, None, None, None] == 300, np.float32("nan"), X), Y), "NaN or Inf"),
-    "wrong shape": ([(X[:200], Y[:200]), (X[200:, :, :8], Y[200:])], "different|sizes|Sizes|shape"),
+    "wrong shape": ([(X[:200], Y[:200]), (X[200:, :, :8], Y[200:])], "rows of different types"),
     "no iterable": (3, "there is no data"),
     "no batches": ([], "there is no data"),
     "labels here and there": ([(X[:200], Y[:200]), X[200:]], "some batches have labels"),
