@@ -91,8 +91,7 @@ def _measure(job: Job, details: Details, figures: Figures) -> None:
         contenders = {name: contenders_of(job, details.compiled, statics, name) for name in BACKENDS}
         found |= {name: [contender.name for contender in rows] for name, rows in contenders.items()}
     programs = {
-        name: next((c.model for c in found if c.kind == "program"), found[0].model)
-        for name, found in contenders.items()
+        name: next((c.model for c in found if c.chosen), found[0].model) for name, found in contenders.items()
     }
     with figures.stage("final") as found:
         found |= {name: final_figure(job, program) for name, program in programs.items()}

@@ -81,7 +81,7 @@ def _draw_program(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         color=PROGRAM, marker="o", linewidth=1.6, label="exitcompiler, shipped points",
     )  # fmt: skip
     for row in ordered:
-        if row["name"].endswith("chosen"):
+        if row["chosen"]:
             axes.plot(
                 row["mean_ms"], 100 * row["accuracy"],
                 marker="o", markersize=12, markerfacecolor="none", markeredgecolor=PROGRAM, linestyle="",

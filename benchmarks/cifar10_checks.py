@@ -93,7 +93,7 @@ def start_without_torch(path: Path, starts: int) -> dict[str, Any]:
     for _ in range(starts):
         started = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-c", _START, str(path)], capture_output=True, text=True, check=True
+            [sys.executable, "-P", "-c", _START, str(path)], capture_output=True, text=True, check=True
         )
         whole.append(time.perf_counter() - started)
         inside.append(float(done.stdout.split()[-1]))

@@ -52,12 +52,14 @@ class Contender:
         kind: "plain" (the whole ResNet-56 at fp32), "program", "static", "bf16" or "int8".
         engine: Backend and precision.
         model: What is called.
+        chosen: It is the operating point that the compiler was asked for.
     """
 
     name: str
     kind: str
     engine: str
     model: CompiledModel
+    chosen: bool = False
 
 
 def static_artifacts(job: Job) -> dict[str, Artifact]:
@@ -84,9 +86,8 @@ def contenders_of(
     plain_name = program.plain.operating_point.name
     for point in program.operating_points:
         if point.name != plain_name:
-            found.append(
-                Contender(f"program, {point.name}", "program", engine, program.select(name=point.name))
-            )
+            model, chosen = program.select(name=point.name), point.name == program.operating_point.name
+            found.append(Contender(f"program, {point.name}", "program", engine, model, chosen))
     for depth in STATIC_DEPTHS:
         name = f"ResNet-{depth}"
         found.append(Contender(name, "static", engine, _open(statics[name], backend)))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any, Final, TypeAlias
+from unittest import mock
 
 import numpy as np
 from cifar10_setup import SEED, Array, Effort, Job
@@ -172,8 +173,9 @@ def resplit_all(job: Job, table: ScoreTable, costs: CostModel, jobs: int) -> dic
     """
     seeds = range(job.effort.resplits)
     tasks = [(table, costs, seed, job.effort) for seed in seeds]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes started here
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    # The processes share the processors: one thread each.
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}), ProcessPoolExecutor(jobs, spawn) as pool:
         results = list(pool.map(_resplit, tasks))
     figures: dict[str, Any] = {
         "resplits": len(results),

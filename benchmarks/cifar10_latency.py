@@ -54,6 +54,7 @@ def table(job: Job, contenders: Sequence[Contender]) -> list[dict[str, Any]]:
                 "median_speedup": float(np.median(plain) / np.median(mine)),
                 "exits": list(contender.model.exits),
                 "execution": contender.model.execution,
+                "chosen": contender.chosen,
             }
         )
     statics = [row for row in rows if row["kind"] not in ("program", "plain")]
@@ -101,7 +102,8 @@ def against_ideal(job: Job, details: Details, program: CompiledModel, batch: int
 
     A prefix engine holds everything up to an exit, earlier heads included, as one merged block, run
     on buffers bound once. Nothing routes there, so this is what the same arithmetic costs without
-    dispatch. All take turns; rates are those of the very rows that are timed.
+    dispatch. All take turns; the rates of a call are those of the very rows that it answers, so that
+    the interval is about dispatch and not about which rows were drawn.
 
     Args:
         job: Final rows.
@@ -118,14 +120,13 @@ def against_ideal(job: Job, details: Details, program: CompiledModel, batch: int
     calls: dict[str, Callable[..., object]] = {"program": program}
     calls |= {name: _bound(block, details.engines, batch) for name, block in prefixes.items()}
     times_us = measure_interleaved(calls, inputs, repeats=repeats, warmup=max(3, WARMUP // batch), seed=SEED)
-    taken = np.concatenate([np.asarray(program.run(*args).exit_index) for args in inputs])
-    rates = {name: float((taken == i).mean()) for i, name in enumerate(source.exits)}
-    ideal_us = sum(rates[name] * times_us[name] for name in source.exits)
-    assert isinstance(ideal_us, np.ndarray)
+    taken = np.stack([np.asarray(program.run(*args).exit_index) for args in inputs])
+    shares = np.stack([(taken == i).mean(axis=1) for i in range(len(source.exits))])  # [exits, calls]
+    ideal_us = (shares * np.stack([times_us[name] for name in source.exits])).sum(axis=0)
     return {
         "batch": batch,
         "calls": repeats,
-        "exit_rates": rates,
+        "exit_rates": dict(zip(source.exits, shares.mean(axis=1), strict=True)),
         "program_ms": float(times_us["program"].mean()) / 1e3,
         "program_median_ms": float(np.median(times_us["program"])) / 1e3,
         "prefix_ms": {name: float(times_us[name].mean()) / 1e3 for name in source.exits},

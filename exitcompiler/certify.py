@@ -24,7 +24,15 @@ from exitcompiler.statistics import (
     rows_for_bound,
 )
 
-__all__ = ["TOLERANCE", "Certified", "certify", "check_parity", "measure_speedup"]
+__all__ = [
+    "TOLERANCE",
+    "Certified",
+    "certify",
+    "check_parity",
+    "first_output",
+    "measure_speedup",
+    "run_to_exit",
+]
 
 TOLERANCE: Final = {"fp32": 1e-4, "bf16": 0.15}
 """Largest difference between a backend's outputs and torch's float32, relative to the largest output

@@ -141,6 +141,7 @@ def compile_command(
         raise InputError(
             "its folder does not exist", where=f"output {str(output)!r}", remedy="make the folder first"
         )
+    _share_threads(backend, threads)
     out = Output(as_json=as_json)
     network, example = load_model(model)
     shape = input_shape_of_model(network, example)
@@ -334,13 +335,27 @@ def _load(
     max_drop: float | None,
     latency_budget_ms: float | None,
 ) -> CompiledModel:
-    import exitcompiler
+    from exitcompiler.runtime.artifact_files import read_artifact
+    from exitcompiler.runtime.loading import open_artifact
 
     _require_one_target(max_drop, latency_budget_ms)
-    compiled = exitcompiler.load(artifact, backend=backend, threads=threads)
+    read = read_artifact(artifact)
+    _share_threads(backend, read.manifest.threads if threads is None else threads)
+    compiled = open_artifact(read, backend, threads=threads)
     if max_drop is None and latency_budget_ms is None:
         return compiled
     return compiled.select(max_accuracy_drop=max_drop, latency_budget_ms=latency_budget_ms)
+
+
+def _share_threads(backend: str, threads: int | None) -> None:
+    """Give all ONNX Runtime sessions one pool: this process is ours (docs/backends.md)."""
+    from exitcompiler.runtime.backends import available_backends, default_threads
+
+    count = default_threads() if threads is None else threads
+    if count > 1 and backend in ("auto", "onnxruntime") and "onnxruntime" in available_backends():
+        from exitcompiler.runtime.onnxruntime_backend import share_thread_pool
+
+        share_thread_pool(count)
 
 
 def _load_rows(compiled: CompiledModel, data: str, preprocessing: ImagePreprocessing) -> Any:

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import chain as chain_iterators
 from os import PathLike
 from typing import Any, Final
 
@@ -14,12 +13,13 @@ import numpy as np
 from torch import nn
 from torch.export import ExportedProgram
 
+from exitcompiler.calibration import peek, require_fit
 from exitcompiler.candidates import Candidates
 from exitcompiler.capture import Captured, capture
 from exitcompiler.certify import certify, check_parity, measure_speedup
 from exitcompiler.data import Rows, RowSplit, TrainingData, read_rows, read_training_data, split_rows
 from exitcompiler.engines import Engines, Lowerer
-from exitcompiler.errors import BackendUnavailableError, CalibrationError
+from exitcompiler.errors import BackendUnavailableError
 from exitcompiler.findings import Findings
 from exitcompiler.fitting import fit_exits
 from exitcompiler.packaging import pack
@@ -195,7 +195,7 @@ class _Compilation:
             captured = capture(model, example, logits=logits)
         program = captured.program
         rows = read_rows(calib_data, list(program.inputs), minimum=FEWEST_ROWS)
-        _require_fit(rows, program)
+        require_fit(rows, program)
         split = split_rows(
             len(rows),
             fit=0.0 if train_data is not None else FIT_SHARE,
@@ -353,66 +353,3 @@ def _complete(
     manifest = replace(compiled.artifact.manifest, certificate=certificate)
     artifact = replace(compiled.artifact, manifest=manifest, report=findings.report())
     return CompiledModel(artifact, compiled.backend, notes=findings.notes)
-
-
-def peek(data: Any) -> tuple[Any, Any]:
-    """The data, still whole, and the inputs of some of its rows.
-
-    Raises:
-        CalibrationError: There is no data.
-    """
-    if isinstance(data, tuple | list) and len(data) == 2 and hasattr(data[1], "shape"):
-        if isinstance(data, tuple) or len(data[1].shape) == 1:  # as in read_rows
-            return data, _head(data[0])
-    if hasattr(data, "shape") or isinstance(data, Mapping):
-        return data, _head(data)
-    try:
-        iterator = iter(data)
-        first = next(iterator)
-    except (TypeError, StopIteration):
-        raise CalibrationError(
-            "there is no data",
-            where="calib_data",
-            remedy="give (inputs, labels) arrays, a DataLoader, or an iterable of (x, y) batches",
-        ) from None
-    whole = chain_iterators([first], iterator) if iterator is data else data
-    labelled = isinstance(first, tuple | list) and len(first) == 2
-    return whole, _head(first[0] if labelled else first)
-
-
-def _head(inputs: Any, rows: int = 8) -> Any:
-    if isinstance(inputs, Mapping):
-        return {name: value[:rows] for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(value[:rows] for value in inputs)
-    return inputs[:rows]
-
-
-def _require_fit(rows: Rows, program: Program) -> None:
-    """Check rows against the captured inputs.
-
-    Raises:
-        CalibrationError: Shapes or dtypes differ, or a label is no class of the model.
-    """
-    for name, spec in program.inputs.items():
-        tensor = rows.inputs[name]
-        found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape[1:]))
-        if found != (spec.dtype, tuple(spec.shape[1:])):
-            raise CalibrationError(
-                f"rows are {found[0]}{list(found[1])}, the model takes {spec}", where=f"input {name!r}"
-            )
-    classes = int(next(iter(program.outputs.values())).shape[1])
-    if rows.labels is None:
-        return
-    if int(rows.labels.max()) >= classes:
-        raise CalibrationError(
-            f"label {int(rows.labels.max())} is out of range: the model has {classes} classes",
-            where="calib_data",
-            remedy=f"number the classes 0..{classes - 1} in the order of the model's outputs",
-        )
-    if len(np.unique(rows.labels)) < 2:
-        raise CalibrationError(
-            f"all rows have label {int(rows.labels[0])}",
-            where="calib_data",
-            remedy="give rows of all classes, in the proportions to expect in use",
-        )

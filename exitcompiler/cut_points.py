@@ -18,7 +18,7 @@ from exitcompiler.flops import node_flops
 from exitcompiler.fx_utils import is_symbolic_size, node_spec, result_nodes
 from exitcompiler.program import ValueSpec, torch_dtype
 
-__all__ = ["Candidate", "CutPoint", "find_candidates"]
+__all__ = ["Candidate", "CutPoint", "find_candidates", "row_bytes"]
 
 _CHEAP_SHARE = 0.01
 """Side values are computed again, rather than handed over, up to this share of the body's FLOPs."""

@@ -24,6 +24,7 @@ __all__ = [
     "ConvHead",
     "LinearHead",
     "TokenHead",
+    "classifier_weights",
     "deep_head",
     "head_flops",
     "lower_head",

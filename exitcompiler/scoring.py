@@ -17,7 +17,7 @@ from exitcompiler.runtime.backends import Array
 from exitcompiler.runtime.rows import gate_parameters
 from exitcompiler.scores import HeadKey, HeadScores, ScoreTable
 
-__all__ = ["run_chain", "score_rows"]
+__all__ = ["run_block", "run_chain", "score_rows"]
 
 BATCH_SIZE = 128
 

@@ -24,7 +24,7 @@ from exitcompiler.program import Program
 from exitcompiler.progress import Step
 from exitcompiler.scores import HeadKey
 
-__all__ = ["FeatureStream", "HeadRecipe", "train_heads"]
+__all__ = ["FeatureStream", "HeadRecipe", "supports_bfloat16", "train_heads"]
 
 logger = logging.getLogger(__name__)
 

@@ -74,12 +74,13 @@ def artifact(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, artifact: Path) -> FakeCompiled:
-    """What ``exitcompiler.load`` gives to the commands."""
-    from exitcompiler.runtime.artifact_files import read_artifact
+    """What loading gives to the commands."""
+    from exitcompiler.runtime import artifact_files, loading
 
     fake = FakeCompiled()
-    fake.artifact = read_artifact(artifact)
-    monkeypatch.setitem(vars(exitcompiler), "load", lambda path, **options: fake)
+    fake.artifact = artifact_files.read_artifact(artifact)
+    monkeypatch.setattr(artifact_files, "read_artifact", lambda path: fake.artifact)
+    monkeypatch.setattr(loading, "open_artifact", lambda read, backend, threads: fake)
     return fake
 
 
