@@ -53,7 +53,7 @@ class Effort:
     headline_rows: int = 4000
     batches: int = 100
     resplits: int = 20
-    sweep_steps: int = 14
+    sweep_steps: int = 20
     starts: int = 5
     earlyon_epochs: int = 3
     max_drop: float = 0.01

@@ -93,7 +93,7 @@ def _area(gates: Mapping[str, Any]) -> Target:
     if best is None:
         return Target(what, *bars, "no exits", "miss")
     interval = gates["area_differences_us"][best]  # learned minus baseline: the other way round
-    value, lower, upper = -interval["value"], -interval["upper"], -interval["lower"]
+    value, lower, upper = (0.0 - interval[key] for key in ("value", "upper", "lower"))
     outcome = "aim" if lower > 0 else ("must" if upper >= 0 else "miss")
     text = f"{value:.1f} us ({lower:.1f} to {upper:.1f}) against {best.replace('_', ' ')}"
     return Target(what, *bars, text, outcome)

@@ -40,6 +40,7 @@ where that is above 1."""
 
 CONFIDENCE: Final = 0.95
 PARITY_ROWS: Final = 16
+BATCH_SIZE: Final = 32
 
 Certified = dict[str, Any]
 
@@ -128,10 +129,8 @@ def certify(
     Returns:
         The certificate, and what was seen on these rows (exit rates, accuracy per exit).
     """
-    arrays = {name: tensor.numpy() for name, tensor in rows.inputs.items()}
-    result = compiled.run(arrays)
-    answers = first_output(result.outputs).argmax(axis=1)
-    backbone = first_output(plain(arrays)).argmax(axis=1)
+    answers, exit_index = _answers(compiled, rows)
+    backbone, _ = _answers(plain, rows)
     targets = backbone if rows.labels is None else rows.labels
     right, backbone_right = answers == targets, backbone == targets
     excess = int((backbone_right & ~right).sum())
@@ -151,10 +150,20 @@ def certify(
     }
     seen: dict[str, Any] = {"exit_rates": {}, "exit_accuracy": {}}
     for index, name in enumerate(compiled.exits):
-        left = result.exit_index == index
+        left = exit_index == index
         seen["exit_rates"][name] = float(left.mean())
         seen["exit_accuracy"][name] = float(right[left].mean()) if left.any() else None
     return certificate, seen
+
+
+def _answers(compiled: CompiledModel, rows: Rows) -> tuple[Array, Array]:
+    """Predicted class and exit of every row."""
+    classes, exits = [], []
+    for inputs, _ in rows.batches(BATCH_SIZE):
+        result = compiled.run({name: tensor.numpy() for name, tensor in inputs.items()})
+        classes.append(first_output(result.outputs).argmax(axis=1))
+        exits.append(result.exit_index)
+    return np.concatenate(classes), np.concatenate(exits)
 
 
 def _rows_needed(rate: float, limit: float | None) -> dict[str, Any]:

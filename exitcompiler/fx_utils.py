@@ -254,8 +254,8 @@ def compose_bodies(
         first: Its placeholders become those of the result, all of them, in order.
         second: The body that goes on.
         bindings: Param of ``second`` -> name of a node of ``first`` (a result, or a param passed through).
-        outputs: Names of the results, in order: of nodes that ``second`` computes, else of nodes of
-            ``first``. Results keep these names; other nodes are renamed where two would clash.
+        outputs: Names of the results, in order: of results of ``second``, else of nodes of ``first``.
+            They keep these names; other nodes are renamed where two would clash.
 
     Raises:
         PassError: A param of ``second`` is not bound, a name is none of a node, or a result would be
@@ -267,8 +267,10 @@ def compose_bodies(
     if unbound:
         raise PassError(f"params {unbound} of the second body are not bound")
     _require_names(first_nodes, [bindings[node.name] for node in params])
-    computed = {name: node for name, node in second_nodes.items() if node.op != "placeholder"}
-    unknown = [name for name in outputs if name not in computed and name not in first_nodes]
+    # Only what the second body hands out is known by name outside: its other nodes may well be called
+    # like a value of the first.
+    returned = {node.name: node for node in result_nodes(second) if node.op != "placeholder"}
+    unknown = [name for name in outputs if name not in returned and name not in first_nodes]
     if unknown:
         raise PassError(f"neither body computes {unknown}")
     builder = BodyBuilder(reserved=outputs)
@@ -277,14 +279,16 @@ def compose_bodies(
         if node.op == "placeholder":
             from_first[node] = builder.placeholder(name, node)
         else:
-            kept = name if name in outputs and name not in computed else None
+            kept = name if name in outputs and name not in returned else None
             from_first[node] = builder.copy(node, from_first, first, name=kept)
     from_second = {node: from_first[first_nodes[bindings[node.name]]] for node in params}
-    for name, node in computed.items():
-        kept = name if name in outputs else None
+    for name, node in second_nodes.items():
+        if node.op == "placeholder":
+            continue
+        kept = name if name in outputs and name in returned else None
         from_second[node] = builder.copy(node, from_second, second, name=kept)
     results = [
-        from_second[computed[name]] if name in computed else from_first[first_nodes[name]] for name in outputs
+        from_second[returned[name]] if name in returned else from_first[first_nodes[name]] for name in outputs
     ]
     return builder.finish(results)
 

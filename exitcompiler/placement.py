@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exitcompiler.cut_points import CutPoint
-from exitcompiler.data import Labels, TrainingData
+from exitcompiler.data import Batch, Labels, Rows, TrainingData
 from exitcompiler.errors import CalibrationError
 from exitcompiler.heads import pool
 from exitcompiler.progress import Step
@@ -20,6 +21,7 @@ __all__ = ["Place", "choose_places", "probe"]
 
 PROBE_ROWS = 6000
 HELD_OUT = 0.25
+MEMORY_BYTES = 512 << 20
 RIDGE = 1e-2
 BETTER_THAN_CHANCE = 1.2
 FIRST, LAST = 0.08, 0.82
@@ -76,7 +78,7 @@ def probe(
     fitters = {cut.value: _Ridge(classes) for cut in cuts}
     generator = torch.Generator().manual_seed(seed)
     seen = 0
-    for inputs, labels in data.epoch(min(256, -(-rows // 8)), generator):
+    for inputs, labels in _chunks(data, generator, _chunk_rows(cuts, rows)):
         values = stream(inputs)
         answers = _answers(labels, values[target], classes)
         held_out = seen >= rows * (1.0 - HELD_OUT)
@@ -88,6 +90,17 @@ def probe(
         if seen >= rows:
             break
     return [fitters[cut.value].accuracy for cut in cuts]
+
+
+def _chunk_rows(cuts: Sequence[CutPoint], rows: int) -> int:
+    """How many rows fit the memory limit with the values of all cuts held at once."""
+    row_bytes = sum(4 * math.prod(int(size) for size in cut.spec.shape[1:]) for cut in cuts)
+    return max(1, min(256, -(-rows // 8), MEMORY_BYTES // row_bytes))
+
+
+def _chunks(data: TrainingData, generator: torch.Generator, size: int) -> Iterator[Batch]:
+    for inputs, labels in data.epoch(size, generator):
+        yield from Rows(inputs, labels).batches(size)
 
 
 def _answers(labels: Labels | None, backbone: Tensor, classes: int) -> Tensor:

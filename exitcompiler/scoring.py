@@ -19,7 +19,7 @@ from exitcompiler.scores import HeadKey, HeadScores, ScoreTable
 
 __all__ = ["run_block", "run_chain", "score_rows"]
 
-BATCH_SIZE = 128
+BATCH_SIZE = 32
 
 
 def score_rows(candidates: Candidates, engines: Engines, rows: Rows, step: Step) -> ScoreTable:

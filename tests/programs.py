@@ -116,10 +116,12 @@ def programs(draw: st.DrawFn, *, max_blocks: int = 6) -> Program:
     # Every block but the first has one edge that is sure to lead to it.
     parent = {i: draw(st.integers(0, i - 1)) for i in range(1, count)}
     exits = iter(f"e{i}" for i in range(100))
+    shared_names = draw(st.booleans())  # the same names in every block: merging has to keep them apart
     blocks = []
     for index in range(count):
-        params = [f"b{index}_p{i}" for i in range(arity[index])]
-        operations, results = draw(_operations(index, params))
+        prefix = "b" if shared_names else f"b{index}"
+        params = [f"{prefix}_p{i}" for i in range(arity[index])]
+        operations, results = draw(_operations(prefix, params))
         values = [*params, *results]
         targets = [child for child, owner in parent.items() if owner == index]
         targets += draw(st.lists(st.integers(index + 1, count - 1), max_size=2)) if index + 1 < count else []
@@ -135,12 +137,12 @@ def programs(draw: st.DrawFn, *, max_blocks: int = 6) -> Program:
 
 @st.composite
 def _operations(
-    draw: st.DrawFn, index: int, params: Sequence[str]
+    draw: st.DrawFn, prefix: str, params: Sequence[str]
 ) -> tuple[list[tuple[str, Callable[..., Any], tuple[Any, ...]]], list[str]]:
     available = list(params)
     operations: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = []
     for number in range(draw(st.integers(1, 4))):
-        name = f"b{index}_v{number}"
+        name = f"{prefix}_v{number}"
         if draw(st.booleans()):
             arguments = (draw(st.sampled_from(available)), draw(st.sampled_from(available)))
             operations.append((name, draw(st.sampled_from(BINARY)), arguments))

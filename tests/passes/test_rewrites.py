@@ -135,6 +135,14 @@ def test_merge_renames_what_would_clash() -> None:
     assert_same_answers(program, merged)
 
 
+def test_merge_keeps_an_inner_value_apart_from_a_result_of_that_name() -> None:
+    first = row_block("a", ["x"], [("h", aten.tanh.default, ("x",))], ["h"], Jump(Edge("b", ("h",))))
+    operations = [("h", aten.neg.default, ("k",)), ("y", aten.mul.Tensor, ("h", "h"))]
+    program = row_program(first, row_block("b", ["k"], operations, ["y"], Return(("y",), "end")))
+    x = torch.tensor([[0.5, -1.0, 2.0]])
+    assert torch.equal(merge_blocks(program).entry.run({"x": x})["h"], torch.tanh(x))
+
+
 def test_merge_leaves_joins_alone() -> None:
     program = diamond()
     assert merge_blocks(program) is program
