@@ -13,7 +13,8 @@ import torch
 from cifar10_contenders import answers
 from cifar10_setup import Array, Job
 
-from exitcompiler.certify import first_output, run_to_exit
+from exitcompiler.benchmarking import logits_of
+from exitcompiler.certify import run_to_exit
 from exitcompiler.compiler import Details
 from exitcompiler.packaging import environment
 from exitcompiler.program import Program
@@ -65,8 +66,8 @@ def _difference(model: CompiledModel, program: Program, exit_name: str, x: Array
     inputs = {next(iter(program.inputs)): torch.from_numpy(x)}
     expected = run_to_exit(program, exit_name, inputs).numpy()
     forced = model.forced(exit_name)
-    together = first_output(forced(x))
-    alone = np.concatenate([first_output(forced(row[None])) for row in x])
+    together = logits_of(forced(x))
+    alone = np.concatenate([logits_of(forced(row[None])) for row in x])
     return float(max(np.abs(together - expected).max(), np.abs(alone - expected).max()))
 
 

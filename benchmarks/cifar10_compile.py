@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 from cifar import AugmentedImages, load_resnet
 from cifar10_setup import SEED, THREADS, Job
 
-from exitcompiler import compiler
 from exitcompiler.compiler import Details, compile_in_detail
-from exitcompiler.progress import Reporter, Step, reporting
 from exitcompiler.settings import Settings
 from exitcompiler.training import HeadRecipe
 
 __all__ = ["compile_resnet56", "settings_of"]
-
-logger = logging.getLogger("cifar10")
-
-
-@dataclass
-class _TimedReporter(Reporter):
-    """Notes how long each step of the compiler takes."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def step(self, description: str, total: float | None = None) -> Iterator[Step]:
-        logger.info("  %s", description)
-        started = time.monotonic()
-        with super().step(description, total) as step:
-            yield step
-        self.seconds[description] = self.seconds.get(description, 0.0) + time.monotonic() - started
 
 
 def settings_of(job: Job, backend: str = "onnxruntime", precision: str = "fp32") -> Settings:
@@ -66,20 +42,11 @@ def compile_resnet56(job: Job, *, with_training_images: bool) -> tuple[Details, 
     images = None
     if with_training_images:
         images = AugmentedImages(job.split.train_pixels, job.split.train_labels, seed=SEED)
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(enabled: bool | None = None) -> Iterator[Reporter]:
-        with reporting(False) as reporter:
-            yield _TimedReporter(reporter._progress, seconds)
-
     started = time.monotonic()
-    # The compiler opens its own progress bars and hands out no times, hence the patch.
-    with mock.patch.object(compiler, "reporting", timed):
-        details = compile_in_detail(model, (job.split.x, job.split.y), images, settings_of(job))
+    details = compile_in_detail(model, (job.split.x, job.split.y), images, settings_of(job))
     figures = {
         "seconds": time.monotonic() - started,
-        "steps_seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "steps_seconds": details.compiled.artifact.report["seconds"],
         "exits": list(details.compiled.exits),
         "points": [point.name for point in details.compiled.operating_points],
         "refused": details.compiled.artifact.report.get("refused"),

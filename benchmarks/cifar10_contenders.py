@@ -18,8 +18,8 @@ from cifar10_setup import THREADS, Array, Job
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from exitcompiler.benchmarking import logits_of
 from exitcompiler.capture import capture
-from exitcompiler.certify import first_output
 from exitcompiler.engines import Lowerer
 from exitcompiler.errors import BackendUnavailableError
 from exitcompiler.packaging import pack
@@ -109,7 +109,7 @@ def answers(model: CompiledModel, x: Array, batch: int = BATCH) -> tuple[Array, 
     classes, exits = [], []
     for start in range(0, len(x), batch):
         result = model.run(x[start : start + batch])
-        classes.append(first_output(result.outputs).argmax(axis=1))
+        classes.append(logits_of(result.outputs).argmax(axis=1))
         exits.append(np.asarray(result.exit_index))
     return np.concatenate(classes), np.concatenate(exits)
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from exitcompiler.benchmarking import logits_of
 from exitcompiler.controlflow import Branch, Edge, Jump, Return
 from exitcompiler.data import Rows
 from exitcompiler.errors import InputError, LoweringError
@@ -29,7 +30,6 @@ __all__ = [
     "Certified",
     "certify",
     "check_parity",
-    "first_output",
     "measure_speedup",
     "run_to_exit",
 ]
@@ -66,8 +66,8 @@ def check_parity(compiled: CompiledModel, program: Program, rows: Rows, precisio
     for exit_name in program.exits:
         expected = run_to_exit(program, exit_name, part.inputs).numpy()
         forced = compiled.forced(exit_name)
-        together = first_output(forced(arrays))
-        alone = first_output(forced({name: array[:1] for name, array in arrays.items()}))
+        together = logits_of(forced(arrays))
+        alone = logits_of(forced({name: array[:1] for name, array in arrays.items()}))
         scale = max(1.0, float(np.abs(expected).max()))
         difference = max(float(np.abs(together - expected).max()), float(np.abs(alone - expected[:1]).max()))
         worst = max(worst, difference / scale)
@@ -79,16 +79,6 @@ def check_parity(compiled: CompiledModel, program: Program, rows: Rows, precisio
                 remedy="try another backend, or precision='fp32'",
             )
     return worst
-
-
-def first_output(outputs: Any) -> Array:
-    """The logits, whatever structure they come in."""
-    if isinstance(outputs, Mapping):
-        outputs = next(iter(outputs.values()))
-    elif isinstance(outputs, tuple):
-        outputs = outputs[0]
-    assert isinstance(outputs, np.ndarray)
-    return outputs
 
 
 @torch.no_grad()
@@ -161,7 +151,7 @@ def _answers(compiled: CompiledModel, rows: Rows) -> tuple[Array, Array]:
     classes, exits = [], []
     for inputs, _ in rows.batches(BATCH_SIZE):
         result = compiled.run({name: tensor.numpy() for name, tensor in inputs.items()})
-        classes.append(first_output(result.outputs).argmax(axis=1))
+        classes.append(logits_of(result.outputs).argmax(axis=1))
         exits.append(result.exit_index)
     return np.concatenate(classes), np.concatenate(exits)
 

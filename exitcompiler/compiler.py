@@ -204,6 +204,7 @@ class _Compilation:
         )
         data = self._training_data(train_data, rows, split, program)
         findings = Findings(type(model).__name__, program, self.settings, split)
+        findings.seconds = self.reporter.seconds
         lowerer = Lowerer()
         with self.reporter.step("lowering the plain model"):
             engines, plain_us = self._fastest_plain(program, rows, lowerer, findings)

@@ -55,6 +55,7 @@ class Findings:
         self._notes: list[str] = []
         self._fitted: Fitted | None = None
         self.parity: float | None = None
+        self.seconds: Mapping[str, float] = {}
         self.backbone_accuracy: float | None = None
 
     @property
@@ -130,7 +131,8 @@ class Findings:
 
     def report(self) -> dict[str, Any]:
         """The report: plain data that JSON can hold."""
-        report = {**self._report, "notes": list(self._notes)}
+        seconds = {step: round(time, 2) for step, time in self.seconds.items()}
+        report = {**self._report, "seconds": seconds, "notes": list(self._notes)}
         if self.parity is not None:
             report["parity"] = {"max_relative_difference": self.parity}
             report["notes"].append(
@@ -192,10 +194,10 @@ class Findings:
                     "prefix_ms": self._ms(reached[name]),
                     "head_ms": self._ms(costs.head_us[name, head]),
                     "exit_rate": rate if decision is not None else 0.0,
-                    "reason": _kept_reason(decision, rate)
+                    "reason": _kept_reason(decision)
                     if decision is not None
-                    else "pruned: the gate came out constant, always go on; what few rows could leave here "
-                    "would not pay for the head on all that pass",
+                    else "the gate came out as 'always go on': what could leave here does not pay for the "
+                    "head on all that pass",
                     "gate": _gate_text(decision),
                 }
             )
@@ -228,10 +230,10 @@ class Findings:
         }
 
 
-def _kept_reason(decision: Leave | LinearRule, rate: float) -> str:
+def _kept_reason(decision: Leave | LinearRule) -> str:
     if isinstance(decision, Leave):
-        return "kept: every row that comes here leaves, the network ends here"
-    return f"kept: {rate:.0%} of the rows leave here"
+        return "the gate always leaves: the network ends here"
+    return "what its rows save pays for the head"
 
 
 def _gate_text(decision: Leave | LinearRule | None) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +19,8 @@ from rich.progress import (
 )
 
 __all__ = ["Reporter", "Step", "reporting"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,9 +39,14 @@ class Step:
 
 @dataclass
 class Reporter:
-    """Opens bars, one after another."""
+    """Opens bars, one after another, and notes how long each was open.
+
+    Args:
+        seconds: Description -> seconds so far.
+    """
 
     _progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def step(self, description: str, total: float | None = None) -> Iterator[Step]:
@@ -47,8 +56,12 @@ class Reporter:
             description: What is being done.
             total: How much there is to do; None: it cannot be said.
         """
+        logger.info("%s", description)
+        started = time.monotonic()
         task = self._progress.add_task(description, total=total, note="")
         yield Step(self._progress, task)
+        elapsed = time.monotonic() - started
+        self.seconds[description] = self.seconds.get(description, 0.0) + elapsed
         finished = self._progress.tasks[task].completed if total is None else total
         self._progress.update(task, total=max(finished, 1), completed=max(finished, 1))
 

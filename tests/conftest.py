@@ -9,6 +9,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when the first library that uses OpenMP loads
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -22,3 +23,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("exitcompiler")
+
+
+@pytest.fixture(autouse=True)
+def no_shared_thread_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep commands run in this process from taking over its ONNX Runtime sessions, which none can undo."""
+    monkeypatch.setattr("exitcompiler.cli._share_threads", lambda backend, threads: None)
