@@ -33,6 +33,7 @@ from exitcompiler.policies import CostModel, Evaluation, Policy, evaluate
 from exitcompiler.progress import reporting
 from exitcompiler.scores import ScoreTable
 from exitcompiler.scoring import score_rows
+from exitcompiler.selection import AIM
 from exitcompiler.statistics import area_difference_interval, mean_time_over_drops
 
 __all__ = ["LIMITS", "THRESHOLDS", "compare_gates", "resplit_all", "score_all"]
@@ -203,7 +204,8 @@ def _resplit(task: tuple[ScoreTable, CostModel, int, Effort]) -> dict[str, dict[
     order = np.random.default_rng(1000 + seed).permutation(table.rows)
     half = table.rows // 2
     learn, judge = table.take(np.sort(order[:half])), table.take(np.sort(order[half:]))
-    point = sweep(learn, costs, steps=effort.sweep_steps, seed=seed).fit(max_accuracy_drop=effort.max_drop)
+    frontier = sweep(learn, costs, steps=effort.sweep_steps, seed=seed)
+    point = frontier.fit(max_accuracy_drop=AIM * effort.max_drop)  # as the compiler does
     curve = best_on(shared_threshold(learn, exit_sets(learn), "max_probability"), learn, costs)
     found = {
         "learned": evaluate(point.policy, judge, costs),

@@ -28,11 +28,13 @@ from exitcompiler.runtime.manifest import (
     FileEntry,
     Manifest,
     block_path,
+    has_torch_graphs,
     torch_paths,
+    with_torch_graphs,
 )
 from exitcompiler.runtime.manifest_json import manifest_to_json
 
-__all__ = ["save_artifact"]
+__all__ = ["require_replaceable", "save_artifact"]
 
 
 def save_artifact(
@@ -58,13 +60,14 @@ def save_artifact(
     Raises:
         ArtifactError: The disk is full or not writable, or the path holds something that is not an
             artifact, or is there and ``overwrite`` is off. What was there before is untouched.
+        LoweringError: With ``torch``: the graph of a block cannot be written.
     """
     target = Path(os.path.abspath(path))
     zipped = target.suffix == ".zip" if as_zip is None else as_zip
-    files = _contents(artifact, torch)
+    files = _contents(with_torch_graphs(artifact) if torch else artifact, torch)
     try:
         _recover(target)
-        _require_replaceable(target, overwrite)
+        require_replaceable(target, overwrite=overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
         workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
@@ -90,7 +93,7 @@ def save_artifact(
 def _contents(artifact: Artifact, torch: bool) -> dict[str, bytes]:
     """Path -> content of everything to write, the manifest last."""
     manifest = artifact.manifest
-    if torch and any(point.files.keys() - point.torch_files.keys() for point in manifest.operating_points):
+    if torch and not has_torch_graphs(manifest):
         raise ArtifactError(
             "the program holds no torch graphs",
             where="save(torch=True)",
@@ -151,7 +154,17 @@ def _recover(target: Path) -> None:
         os.rename(previous, target)
 
 
-def _require_replaceable(target: Path, overwrite: bool) -> None:
+def require_replaceable(path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+    """Refuse a place that a save would refuse, before the work that leads to the save.
+
+    Args:
+        path: Where an artifact is to be saved.
+        overwrite: Whether an artifact that is there may be replaced.
+
+    Raises:
+        ArtifactError: What is there is not an artifact, or ``overwrite`` is off.
+    """
+    target = Path(os.path.abspath(path))
     if not target.exists():
         return
     if not overwrite:

@@ -1,78 +1,108 @@
-"""A first look at calibration data, and its check against the captured model."""
+"""A first look at calibration data, and its checks: against the captured model, and for size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from exitcompiler.controlflow import ControlFlow
-from exitcompiler.data import Rows
+from exitcompiler.data import Rows, RowSplit, is_rows, split_labels
 from exitcompiler.errors import CalibrationError
+from exitcompiler.model_interface import check_fit, is_array
 
-__all__ = ["peek", "require_fit"]
+__all__ = ["peek", "require_fit", "require_rows"]
+
+FEWEST_FIT: Final = 100
+FEWEST_LEARN: Final = 130
+FEWEST_CERTIFY: Final = 30
+EXAMPLE_ROWS: Final = 8
 
 
 def peek(data: Any) -> tuple[Any, Any]:
     """The data, still whole, and the inputs of some of its rows.
 
     Raises:
-        CalibrationError: There is no data.
+        CalibrationError: There is no data, or its first rows are no arrays.
     """
-    pair = isinstance(data, tuple | list) and len(data) == 2 and hasattr(data[1], "shape")
-    if pair and (isinstance(data, tuple) or len(data[1].shape) == 1):  # as in read_rows
-        return data, _head(data[0])
-    if hasattr(data, "shape") or isinstance(data, Mapping):
-        return data, _head(data)
+    if is_rows(data, None):
+        return data, _head(split_labels(data, None)[0])
     try:
-        iterator = iter(data)
-        first = next(iterator)
-    except (TypeError, StopIteration):
-        raise CalibrationError(
-            "there is no data",
-            where="calib_data",
-            remedy="give (inputs, labels) arrays, a DataLoader, or an iterable of (x, y) batches",
-        ) from None
-    whole = chain([first], iterator) if iterator is data else data
-    labelled = isinstance(first, tuple | list) and len(first) == 2
-    return whole, _head(first[0] if labelled else first)
+        iterator = iter(() if isinstance(data, str | bytes) else data)
+    except TypeError:
+        iterator = iter(())
+    for first in iterator:
+        whole = chain([first], iterator) if iterator is data else data
+        return whole, _head(split_labels(first, None)[0])
+    raise CalibrationError(
+        "there is no data",
+        where="calib_data",
+        remedy="give (inputs, labels) arrays, a DataLoader, or an iterable of (x, y) batches",
+    )
 
 
-def _head(inputs: Any, rows: int = 8) -> Any:
+def _head(inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
-        return {name: value[:rows] for name, value in inputs.items()}
+        return {name: _first_rows(value) for name, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return tuple(value[:rows] for value in inputs)
-    return inputs[:rows]
+        return tuple(_first_rows(value) for value in inputs)
+    return _first_rows(inputs)
+
+
+def _first_rows(value: Any) -> Any:
+    if not is_array(value) or value.ndim == 0:
+        raise CalibrationError(
+            f"{type(value).__name__} is no array with rows along dim 0",
+            where="calib_data",
+            remedy="give an array for a single input, a dict of arrays by input name for several",
+        )
+    return value[:EXAMPLE_ROWS]
 
 
 def require_fit(rows: Rows, program: ControlFlow) -> None:
     """Check rows against the captured inputs.
 
     Raises:
-        CalibrationError: Shapes or dtypes differ, or a label is no class of the model.
+        CalibrationError: Shapes or dtypes differ, a label is no class of the model, or there is only one.
     """
-    for name, spec in program.inputs.items():
-        tensor = rows.inputs[name]
-        found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape[1:]))
-        if found != (spec.dtype, tuple(spec.shape[1:])):
-            raise CalibrationError(
-                f"rows are {found[0]}{list(found[1])}, the model takes {spec}", where=f"input {name!r}"
-            )
-    classes = int(next(iter(program.outputs.values())).shape[1])
-    if rows.labels is None:
-        return
-    if int(rows.labels.max()) >= classes:
-        raise CalibrationError(
-            f"label {int(rows.labels.max())} is out of range: the model has {classes} classes",
-            where="calib_data",
-            remedy=f"number the classes 0..{classes - 1} in the order of the model's outputs",
-        )
-    if len(np.unique(rows.labels)) < 2:
+    check_fit(rows.inputs, rows.labels, program, "calib_data")
+    if rows.labels is not None and len(np.unique(rows.labels)) < 2:
         raise CalibrationError(
             f"all rows have label {int(rows.labels[0])}",
             where="calib_data",
             remedy="give rows of all classes, in the proportions to expect in use",
         )
+
+
+def require_rows(split: RowSplit, *, with_training: bool, batch_size: int) -> None:
+    """Check that every part of the calibration rows is large enough for its use.
+
+    Args:
+        split: The parts.
+        with_training: Whether heads are fitted on training data given apart, so that no part is needed.
+        batch_size: Rows per call that costs are measured at, on the rows of a part.
+
+    Raises:
+        CalibrationError: A part is too small; says how many rows are needed in all.
+    """
+    needed = {
+        "fit heads": (len(split.fit), 0 if with_training else FEWEST_FIT),
+        "learn gates": (len(split.learn), max(FEWEST_LEARN, batch_size)),
+        "certify": (len(split.certify), max(FEWEST_CERTIFY, batch_size)),
+    }
+    total = sum(there for there, _ in needed.values())
+    small = [
+        f"{there} to {use}, {fewest} are needed" for use, (there, fewest) in needed.items() if there < fewest
+    ]
+    if not small:
+        return
+    # The parts keep their shares; one row more makes up for rounding.
+    in_all = max(-(-(fewest + 1) * total // max(there, 1)) for there, fewest in needed.values() if fewest)
+    raise CalibrationError(
+        f"{total} rows are too few: {'; '.join(small)} (batch_size={batch_size})",
+        where="calib_data",
+        remedy=f"give at least {in_all} rows"
+        + ("" if with_training else ", or train_data to fit heads on, so that fewer do"),
+    )

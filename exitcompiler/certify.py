@@ -28,7 +28,9 @@ from exitcompiler.statistics import (
 __all__ = [
     "TOLERANCE",
     "Certified",
+    "answers_of",
     "certify",
+    "check_one_file",
     "check_parity",
     "measure_speedup",
     "run_to_exit",
@@ -41,11 +43,16 @@ where that is above 1."""
 CONFIDENCE: Final = 0.95
 PARITY_ROWS: Final = 16
 BATCH_SIZE: Final = 32
+LIMIT_S: Final = 30.0
+"""How long a comparison may measure; a large network gets fewer turns, and so a wider interval."""
+
 
 Certified = dict[str, Any]
 
 
-def check_parity(compiled: CompiledModel, program: Program, rows: Rows, precision: str) -> float:
+def check_parity(
+    compiled: CompiledModel, program: Program, rows: Rows, precision: str, *, count: int = PARITY_ROWS
+) -> float:
     """Send rows to each exit in turn and compare the outputs with torch's.
 
     Args:
@@ -53,6 +60,7 @@ def check_parity(compiled: CompiledModel, program: Program, rows: Rows, precisio
         program: The same with its bodies.
         rows: Real rows.
         precision: Says how much difference is tolerated.
+        count: How many rows to use.
 
     Returns:
         The largest absolute difference, relative to the largest output where that is above 1.
@@ -60,25 +68,68 @@ def check_parity(compiled: CompiledModel, program: Program, rows: Rows, precisio
     Raises:
         LoweringError: A difference is above the tolerance; names the exit.
     """
-    part = rows.take(slice(0, PARITY_ROWS))
-    arrays = {name: tensor.numpy() for name, tensor in part.inputs.items()}
+    part = rows.take(slice(0, count))
+    arrays = _arrays(part)
     worst = 0.0
     for exit_name in program.exits:
         expected = run_to_exit(program, exit_name, part.inputs).numpy()
         forced = compiled.forced(exit_name)
         together = logits_of(forced(arrays))
         alone = logits_of(forced({name: array[:1] for name, array in arrays.items()}))
-        scale = max(1.0, float(np.abs(expected).max()))
-        difference = max(float(np.abs(together - expected).max()), float(np.abs(alone - expected[:1]).max()))
-        worst = max(worst, difference / scale)
-        tolerated = TOLERANCE[precision] * scale
-        if not difference <= tolerated:
-            raise LoweringError(
-                f"outputs differ from torch's by {difference:.2g}, {tolerated:.2g} is tolerated",
-                where=f"exit {exit_name!r} on {compiled.backend.name} {precision}",
-                remedy="try another backend, or precision='fp32'",
-            )
+        where = f"exit {exit_name!r} on {compiled.backend.name} {precision}"
+        worst = max(
+            worst,
+            _difference(together, expected, precision, where),
+            _difference(alone, expected[:1], precision, where),
+        )
     return worst
+
+
+def check_one_file(single: CompiledModel, blocks: CompiledModel, rows: Rows, precision: str) -> None:
+    """Compare the one-file model, as it runs single rows, with an engine per block.
+
+    Args:
+        single: Runs single rows by the one-file model.
+        blocks: The same program, an engine per block.
+        rows: Real rows.
+        precision: Says how much difference is tolerated.
+
+    Raises:
+        LoweringError: Outputs differ where both took the same exit, or exits differ on more than one row
+            in ten (a score on the edge of a threshold may fall to either side).
+    """
+    where = f"model.onnx on {single.backend.name} {precision}"
+    moved = 0
+    for inputs, _ in rows.take(slice(0, PARITY_ROWS)).batches(1):
+        row = {name: tensor.numpy() for name, tensor in inputs.items()}
+        one, other = single.run(row), blocks.run(row)
+        if int(one.exit_index[0]) != int(other.exit_index[0]):
+            moved += 1
+            continue
+        _difference(logits_of(one.outputs), logits_of(other.outputs), precision, where)
+    if moved > min(len(rows), PARITY_ROWS) * 0.1:
+        raise LoweringError(
+            f"{moved} of {PARITY_ROWS} rows take another exit than block by block",
+            where=where,
+            remedy="choose another backend, and report this",
+        )
+
+
+def _difference(found: FloatArray, expected: FloatArray, precision: str, where: str) -> float:
+    scale = max(1.0, float(np.abs(expected).max()))
+    difference = float(np.abs(found - expected).max())
+    tolerated = TOLERANCE[precision] * scale
+    if not difference <= tolerated:
+        raise LoweringError(
+            f"outputs differ by {difference:.2g}, {tolerated:.2g} is tolerated",
+            where=where,
+            remedy="try another backend, or precision='fp32'",
+        )
+    return difference / scale
+
+
+def _arrays(rows: Rows) -> dict[str, Array]:
+    return {name: tensor.numpy() for name, tensor in rows.inputs.items()}
 
 
 @torch.no_grad()
@@ -119,8 +170,8 @@ def certify(
     Returns:
         The certificate, and what was seen on these rows (exit rates, accuracy per exit).
     """
-    answers, exit_index = _answers(compiled, rows)
-    backbone, _ = _answers(plain, rows)
+    answers, exit_index = answers_of(compiled, rows)
+    backbone, _ = answers_of(plain, rows)
     targets = backbone if rows.labels is None else rows.labels
     right, backbone_right = answers == targets, backbone == targets
     excess = int((backbone_right & ~right).sum())
@@ -128,6 +179,7 @@ def certify(
     bound = clopper_pearson_upper(excess, len(rows), CONFIDENCE)
     certificate: Certified = {
         "kind": "clopper-pearson",
+        "point": compiled.operating_point.name,
         "bounds": "excess error",
         "confidence": CONFIDENCE,
         "rows": len(rows),
@@ -146,11 +198,11 @@ def certify(
     return certificate, seen
 
 
-def _answers(compiled: CompiledModel, rows: Rows) -> tuple[Array, Array]:
-    """Predicted class and exit of every row."""
+def answers_of(compiled: CompiledModel, rows: Rows) -> tuple[Array, Array]:
+    """Predicted class ``int64 [rows]`` and exit ``int32 [rows]`` of every row."""
     classes, exits = [], []
     for inputs, _ in rows.batches(BATCH_SIZE):
-        result = compiled.run({name: tensor.numpy() for name, tensor in inputs.items()})
+        result = compiled.run(_arrays(Rows(inputs, None)))
         classes.append(logits_of(result.outputs).argmax(axis=1))
         exits.append(result.exit_index)
     return np.concatenate(classes), np.concatenate(exits)
@@ -172,10 +224,10 @@ def measure_speedup(
 
     Args:
         compiled: The program.
-        plain: The fastest plain engine.
+        plain: The plain engine it has to beat.
         rows: Real rows, whose mix of easy and hard is the user's.
         batch_size: How many rows a call has.
-        repeats: Timed turns.
+        repeats: Timed turns, at most; fewer where they would take longer than half a minute.
         seed: Of the choice of rows, the order in a turn, and the bootstrap.
 
     Returns:
@@ -184,12 +236,14 @@ def measure_speedup(
     """
     rng = np.random.default_rng(seed)
     starts = rng.integers(0, max(1, len(rows) - batch_size + 1), size=min(repeats, 4096))
-    inputs = [
-        ({name: t.numpy() for name, t in rows.take(slice(s, s + batch_size)).inputs.items()},)
-        for s in starts.tolist()
-    ]
+    inputs = [(_arrays(rows.take(slice(start, start + batch_size))),) for start in starts.tolist()]
     times = measure_interleaved(
-        {"program": compiled, "plain": plain}, inputs, repeats=repeats, warmup=20, seed=seed
+        {"program": compiled, "plain": plain},
+        inputs,
+        repeats=repeats,
+        warmup=20,
+        seed=seed,
+        limit_s=LIMIT_S,
     )
     speedup = ratio_interval(times["plain"], times["program"], seed=seed)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from exitcompiler.cli_tables import Output, answers_table, bench_tables, points_table
-from exitcompiler.errors import ExitCompilerError, InputError
+from exitcompiler.errors import ExitCompilerError
 from exitcompiler.runtime.explain import explain, format_share
 
 if TYPE_CHECKING:
@@ -133,14 +134,14 @@ def compile_command(
 ) -> None:
     """Compile a model: find exits, learn when to take them, prune what does not pay, save the program."""
     import exitcompiler
+    from exitcompiler.artifact import require_replaceable
     from exitcompiler.data_sources import input_shape_of_model, load_data, load_model
+    from exitcompiler.files import require_writable
 
     _require_one_target(max_drop, latency_budget_ms)
     preprocessing = _preprocessing(mean, std, image_size)
-    if not output.resolve().parent.is_dir():
-        raise InputError(
-            "its folder does not exist", where=f"output {str(output)!r}", remedy="make the folder first"
-        )
+    require_writable(output)
+    require_replaceable(output)
     _share_threads(backend, threads)
     out = Output(as_json=as_json)
     network, example = load_model(model)
@@ -174,7 +175,8 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
     out = Output(as_json=as_json)
     read = read_artifact(artifact)
     facts = describe_artifact(read)
-    out.show(explain(read.report), "", points_table(facts["operating_points"]))
+    selected = read.manifest.operating_points[read.manifest.selected]
+    out.show(explain(read.report, selected), "", points_table(facts["operating_points"]))
     for key in ("inputs", "outputs"):
         out.show(f"{key.capitalize():<9}" + ", ".join(f"{name}: {spec}" for name, spec in facts[key].items()))
     out.show(f"{'Files':<9}{facts['files']} files, {facts['size_bytes'] / 1e6:.2f} MB")
@@ -203,7 +205,10 @@ def run(
     import numpy as np
 
     from exitcompiler.benchmarking import answer_rows
+    from exitcompiler.files import require_writable, write_file
 
+    if output is not None:
+        require_writable(output)
     compiled = _load(artifact, backend, threads, max_drop, latency_budget_ms)
     rows = _load_rows(compiled, data, _preprocessing(mean, std, image_size))
     out = Output(as_json=as_json)
@@ -215,13 +220,15 @@ def run(
         )
     ]
     if output is not None:
+        content = io.BytesIO()
         np.savez(
-            output,
+            content,
             prediction=answers.predictions,
             exit_index=answers.exit_index,
             confidence=answers.confidence,
             exits=np.array(answers.exits),
         )
+        write_file(output, content.getvalue())
     out.show(answers_table(listed, shown=10))
     if len(listed) > 10:
         out.show(f"... and {len(listed) - 10} more (--json or -o ANSWERS.npz has all)")
@@ -283,7 +290,7 @@ def report(
 
     read = read_artifact(artifact)
     selected = read.manifest.operating_points[read.manifest.selected]
-    write_report(read.report, selected.control_flow, output)
+    write_report(read.report, selected.control_flow, output, point=selected)
     Output(as_json=False).show(f"Wrote {output}.")
 
 

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from torch import nn
 from torch.export import ExportedProgram
 
 from exitcompiler.calibration import peek, require_fit
 from exitcompiler.candidates import Candidates
 from exitcompiler.capture import Captured, capture
-from exitcompiler.certify import certify, check_parity, measure_speedup
+from exitcompiler.certify import answers_of, certify, check_one_file, check_parity, measure_speedup
 from exitcompiler.data import Rows, RowSplit, TrainingData, read_rows, read_training_data, split_rows
 from exitcompiler.engines import Engines, Lowerer
 from exitcompiler.errors import BackendUnavailableError
 from exitcompiler.findings import Findings
 from exitcompiler.fitting import fit_exits
-from exitcompiler.packaging import pack
+from exitcompiler.packaging import pack, point_name
+from exitcompiler.placement import Place
 from exitcompiler.policies import CostModel
 from exitcompiler.profile import block_times_us, measure_costs
 from exitcompiler.program import Program
@@ -161,7 +162,7 @@ def compile_in_detail(
 
 
 def _candidate_backends(settings: Settings) -> list[Backend]:
-    """The backend asked for; under "auto" all that are installed and have the precision, torch last."""
+    """The backend asked for; under "auto" all that are installed and have the precision, but torch."""
     if settings.backend != "auto":
         return [create_backend(settings.backend, precision=settings.precision, threads=settings.threads)]
     found: list[Backend] = []
@@ -203,7 +204,7 @@ class _Compilation:
             seed=self.settings.seed,
         )
         data = self._training_data(train_data, rows, split, program)
-        findings = Findings(type(model).__name__, program, self.settings, split)
+        findings = Findings(_name_of(model), program, self.settings, split)
         findings.seconds = self.reporter.seconds
         lowerer = Lowerer()
         with self.reporter.step("lowering the plain model"):
@@ -211,7 +212,7 @@ class _Compilation:
         fitted = fit_exits(program, data, rows, engines, self.settings, self.reporter)
         findings.fitted(fitted)
         if fitted.candidates is None:
-            findings.refuse("the network has no place where an exit could be put")
+            findings.refuse(_no_place(fitted.places))
             compiled = self._plain(captured, plain_us, engines, findings, rows, split)
             return Details(compiled, program, engines, split)
         learn = rows.take(split.learn)
@@ -278,19 +279,19 @@ class _Compilation:
                 engines.lowerer,
                 self.settings,
             )
-        certify_rows = rows.take(split.certify)
-        held_out = rows.take(np.sort(np.concatenate([split.learn, split.certify])))
+        # From here on nothing that the gates have seen is used.
+        fresh = rows.take(split.certify)
         compiled = CompiledModel(artifact, engines.backend)
         with self.reporter.step("checking outputs against torch"):
-            findings.parity = check_parity(compiled, chosen.program, certify_rows, self.settings.precision)
+            findings.parity = self._check_points(compiled, selection, fresh)
         with self.reporter.step("measuring against the plain engine"):
-            execution = self._faster_execution(artifact, engines.backend, held_out, findings)
-            compiled = CompiledModel(_with_execution(artifact, execution), engines.backend)
+            execution = self._faster_execution(compiled, fresh, findings)
+            compiled = compiled.with_artifact(_with_execution(artifact, execution))
             latency = measure_speedup(
-                compiled, compiled.plain, held_out, self.settings.batch_size,
+                compiled, compiled.plain, fresh, self.settings.batch_size,
                 repeats=SPEEDUP_REPEATS, seed=self.settings.seed,
             )  # fmt: skip
-        findings.measured(latency, execution, engines.backend)
+        findings.measured(latency, execution, compiled)
         if latency["speedup"]["lower"] <= WORTHWHILE:
             findings.refuse(
                 f"exits do not pay: measured speed-up {latency['speedup']['value']:.3f} "
@@ -298,21 +299,26 @@ class _Compilation:
             )
             return self._plain(captured, plain_us, engines, findings, rows, split)
         with self.reporter.step("certifying"):
-            certificate, seen = certify(compiled, compiled.plain, certify_rows, self.settings.drop_limit)
+            certificate, seen = certify(compiled, compiled.plain, fresh, self.settings.drop_limit)
         findings.certified(certificate, seen)
         return _complete(compiled, findings, certificate)
 
-    def _faster_execution(
-        self, artifact: Artifact, backend: Backend, rows: Rows, findings: Findings
-    ) -> Execution:
+    def _check_points(self, compiled: CompiledModel, selection: Selection, rows: Rows) -> float:
+        """Parity of every shipped point; many rows for the chosen one, a few for the others."""
+        precision = self.settings.precision
+        worst = check_parity(compiled, selection.chosen.program, rows, precision)
+        for built in selection.shipped:
+            other = compiled.select(name=point_name(built.point.accuracy_drop))
+            worst = max(worst, check_parity(other, built.program, rows, precision, count=2))
+        return worst
+
+    def _faster_execution(self, compiled: CompiledModel, rows: Rows, findings: Findings) -> Execution:
         """An engine per block or one engine of the one-file model: whichever measures faster for one row."""
-        if backend.name == "torch":
+        if compiled.backend.name == "torch":
             return "blocks"
-        times = measure_speedup(
-            CompiledModel(_with_execution(artifact, "single"), backend),
-            CompiledModel(artifact, backend),
-            rows, 1, repeats=400, seed=self.settings.seed,
-        )  # fmt: skip
+        one_file = compiled.with_artifact(_with_execution(compiled.artifact, "single"))
+        check_one_file(one_file, compiled, rows, self.settings.precision)
+        times = measure_speedup(one_file, compiled, rows, 1, repeats=400, seed=self.settings.seed)
         single, blocks = times["program"]["mean_ms"], times["plain"]["mean_ms"]
         findings.note(
             f"one row: an engine per block takes {blocks:.4f} ms, one engine of model.onnx {single:.4f} ms"
@@ -329,16 +335,33 @@ class _Compilation:
         split: RowSplit,
     ) -> CompiledModel:
         """The untouched backbone as the result."""
-        accuracy = findings.backbone_accuracy
+        fresh = rows.take(split.certify)
         artifact = pack(
-            [], captured.program, plain_us, 1.0 if accuracy is None else accuracy, captured.structure,
-            engines.backend, engines.lowerer, self.settings,
+            [], captured.program, plain_us, 1.0, captured.structure, engines.backend, engines.lowerer,
+            self.settings,
         )  # fmt: skip
         compiled = CompiledModel(artifact, engines.backend)
-        findings.parity = check_parity(
-            compiled, captured.program, rows.take(split.certify), self.settings.precision
-        )
+        findings.parity = check_parity(compiled, captured.program, fresh, self.settings.precision)
+        if fresh.labels is not None:
+            accuracy = float((answers_of(compiled, fresh)[0] == fresh.labels).mean())
+            compiled = compiled.with_artifact(_with_plain_accuracy(artifact, accuracy))
         return _complete(compiled, findings, None)
+
+
+def _with_plain_accuracy(artifact: Artifact, accuracy: float) -> Artifact:
+    (point,) = artifact.manifest.operating_points
+    measured = replace(point, estimate=replace(point.estimate, accuracy=accuracy))
+    return replace(artifact, manifest=replace(artifact.manifest, operating_points=(measured,)))
+
+
+def _name_of(model: Any) -> str:
+    return Path(model).stem if isinstance(model, str | PathLike) else type(model).__name__
+
+
+def _no_place(places: Sequence[Place]) -> str:
+    if not places:
+        return "the network has no place where it could be cut and an exit be put"
+    return "at none of the places where the network can be cut did a linear probe know enough to go on"
 
 
 def _with_execution(artifact: Artifact, execution: Execution) -> Artifact:
@@ -353,4 +376,4 @@ def _complete(
     """The same model with its report and certificate."""
     manifest = replace(compiled.artifact.manifest, certificate=certificate)
     artifact = replace(compiled.artifact, manifest=manifest, report=findings.report())
-    return CompiledModel(artifact, compiled.backend, notes=findings.notes)
+    return compiled.with_artifact(artifact, notes=findings.notes)

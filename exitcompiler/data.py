@@ -8,16 +8,29 @@ agreement with the backbone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from exitcompiler.controlflow import ControlFlow
 from exitcompiler.errors import CalibrationError
+from exitcompiler.model_interface import check_fit, is_array, to_tensor
 
-__all__ = ["Batch", "RowSplit", "Rows", "TrainingData", "read_rows", "read_training_data", "split_rows"]
+__all__ = [
+    "Batch",
+    "Extent",
+    "RowSplit",
+    "Rows",
+    "TrainingData",
+    "is_rows",
+    "read_rows",
+    "read_training_data",
+    "split_labels",
+    "split_rows",
+]
 
 Labels: TypeAlias = npt.NDArray[np.int64]
 Inputs: TypeAlias = dict[str, torch.Tensor]
@@ -25,6 +38,9 @@ Batch: TypeAlias = tuple[Inputs, Labels | None]
 
 MEMORY_LIMIT_BYTES: Final = 8 << 30
 """How much calibration data is drawn into memory from an iterable, at most."""
+
+COUNT_LIMIT: Final = 10_000_000
+"""How many rows of a loader without a length are counted before it is taken to be endless."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,21 @@ class Rows:
             yield part.inputs, part.labels
 
 
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much there is in one epoch.
+
+    Args:
+        rows: Exact for rows, lists and loaders without a length; else the first batch stands for all.
+        batches: Of ``TrainingData.epoch`` with the batch size that was asked about.
+        labelled: Whether rows have labels.
+    """
+
+    rows: int
+    batches: int
+    labelled: bool
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """A source of training batches that can be gone through several times.
@@ -63,20 +94,67 @@ class TrainingData:
         source: Rows, shuffled anew in every epoch; or the user's own re-iterable of batches, whose
             shuffling and augmentation are taken as they come.
         input_names: Names for a single unnamed input or a tuple of inputs.
+        minimum: The fewest rows that make sense.
+        model: What every batch is checked against; None: shapes and classes are not known yet.
     """
 
     source: Rows | Iterable[Any]
     input_names: tuple[str, ...]
+    minimum: int = 1
+    model: ControlFlow | None = None
+
+    def for_model(self, model: ControlFlow) -> TrainingData:
+        """The same data, every batch of which has to fit the model's inputs and classes.
+
+        Raises:
+            CalibrationError: The source is rows, and they do not fit; batches are checked as they come.
+        """
+        if isinstance(self.source, Rows):
+            check_fit(self.source.inputs, self.source.labels, model, "train_data")
+        return replace(self, model=model)
+
+    def count(self, batch_size: int) -> Extent:
+        """How much there is in one epoch of batches of ``batch_size``: at most one pass.
+
+        Raises:
+            CalibrationError: A batch cannot be used, there are too few rows, or they do not end.
+        """
+        if isinstance(self.source, Rows):
+            rows = len(self.source)
+            return Extent(rows, -(-rows // batch_size), self.source.labels is not None)
+        length = None if isinstance(self.source, Sequence) else _length(self.source)
+        rows = batches = pending = 0
+        labelled = False
+        for inputs, labels in self._checked():
+            size, labelled = _row_count(inputs), labels is not None
+            if length is not None:
+                rows, batches = size * length, -(-length // -(-batch_size // size))
+                break
+            rows, pending = rows + size, pending + size
+            if pending >= batch_size:
+                batches, pending = batches + 1, 0
+            if rows > COUNT_LIMIT:
+                raise CalibrationError(
+                    f"more than {COUNT_LIMIT:,} rows, and no end",
+                    where="train_data",
+                    remedy="give the loader a length (__len__: batches in an epoch), or let its pass end",
+                )
+        _require_rows(rows, self.minimum, "train_data", "give at least that many training rows")
+        return Extent(rows, batches + (pending > 0), labelled)
 
     def epoch(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """One pass over the data.
+        """One pass over the data, in batches of ``batch_size`` rows.
+
+        A loader's own batches are joined until they have at least that many; none is split. The last
+        batch is what remains.
 
         Args:
-            batch_size: For rows; a user's loader makes its own batches.
+            batch_size: How many rows.
             generator: Draws the order of rows.
 
         Raises:
-            CalibrationError: A batch is not of a known form, or holds NaN or Inf.
+            CalibrationError: A batch is not of a known form, does not fit the model, has no labels where
+                others have, or holds NaN or Inf.
         """
         if isinstance(self.source, Rows):
             order = torch.randperm(len(self.source), generator=generator).numpy()
@@ -84,10 +162,31 @@ class TrainingData:
                 part = self.source.take(order[start : start + batch_size])
                 yield part.inputs, part.labels
             return
+        held: list[Batch] = []
+        rows = 0
+        for batch in self._checked():
+            held.append(batch)
+            rows += _row_count(batch[0])
+            if rows >= batch_size:
+                yield _join(held)
+                held, rows = [], 0
+        if held:
+            yield _join(held)
+
+    def _checked(self) -> Iterator[Batch]:
+        """A user's own batches, checked one by one; empty ones are left out."""
+        assert not isinstance(self.source, Rows)
+        labelled: bool | None = None
         for batch in self.source:
             inputs, labels = _read_batch(batch, self.input_names, "train_data")
+            if labelled is not None and labelled != (labels is not None):
+                raise CalibrationError("some batches have labels and some have not", where="train_data")
+            labelled = labels is not None
             _check_finite(inputs, "train_data")
-            yield inputs, labels
+            if self.model is not None:
+                check_fit(inputs, labels, self.model, "train_data")
+            if _row_count(inputs):
+                yield inputs, labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +227,13 @@ def read_rows(data: Any, input_names: Sequence[str], *, minimum: int, argument: 
             whole numbers from 0 up, NaN or Inf, or more than 8 GiB from an iterable.
     """
     names = tuple(input_names)
-    if _is_rows(data, names):
+    if is_rows(data, names):
         inputs, labels = _read_batch(data, names, argument)
     else:
         inputs, labels = _concatenate(_batches_of(data, names, argument), argument)
     rows = Rows(inputs, labels)
-    if len(rows) < minimum:
-        raise CalibrationError(
-            f"{len(rows)} rows are too few, at least {minimum} are needed",
-            where=argument,
-            remedy="give a few thousand held-out rows, ones that the model was not trained on",
-        )
+    remedy = "give a few thousand held-out rows, ones that the model was not trained on"
+    _require_rows(len(rows), minimum, argument, remedy)
     for start in range(0, len(rows), 1024):
         _check_finite(rows.take(slice(start, start + 1024)).inputs, argument)
     return rows
@@ -152,32 +247,63 @@ def read_training_data(data: Any, input_names: Sequence[str], *, minimum: int) -
             too large to be kept.
     """
     names = tuple(input_names)
-    if not _is_rows(data, names) and isinstance(data, Iterable) and not isinstance(data, Iterator):
-        return TrainingData(data, names)
-    return TrainingData(read_rows(data, names, minimum=minimum, argument="train_data"), names)
+    if not is_rows(data, names) and isinstance(data, Iterable) and not isinstance(data, Iterator):
+        return TrainingData(data, names, minimum)
+    return TrainingData(read_rows(data, names, minimum=minimum, argument="train_data"), names, minimum)
 
 
-def _is_rows(data: Any, names: tuple[str, ...]) -> bool:
-    """Whether ``data`` is one big batch, and not an iterable of batches."""
-    if _is_array(data) or isinstance(data, Mapping):
+def is_rows(data: Any, names: tuple[str, ...] | None) -> bool:
+    """Whether ``data`` is one big batch, and not an iterable of batches.
+
+    Args:
+        data: What a user gave.
+        names: The model's inputs; None: not known yet.
+    """
+    if is_array(data) or isinstance(data, Mapping):
         return True
     if not isinstance(data, tuple | list) or len(data) != 2:
         return False
     inputs, labels = data
-    if not (_is_array(labels) and _inputs_like(inputs, names)):
+    if not (is_array(labels) and _inputs_like(inputs, names)):
         return False
     # A tuple is a pair, whatever the labels look like; a list may as well hold two batches of inputs.
     return isinstance(data, tuple) or np.ndim(labels) == 1
 
 
-def _inputs_like(value: Any, names: tuple[str, ...]) -> bool:
+def split_labels(batch: Any, names: tuple[str, ...] | None) -> tuple[Any, Any]:
+    """The inputs of a batch and its labels, or None for these; ``names`` as for ``is_rows``."""
+    if isinstance(batch, tuple | list) and len(batch) == 2 and _inputs_like(batch[0], names):
+        return batch[0], batch[1]
+    return batch, None
+
+
+def _inputs_like(value: Any, names: tuple[str, ...] | None) -> bool:
     if isinstance(value, tuple | list):
-        return len(value) == len(names) and all(_is_array(part) for part in value)
-    return _is_array(value) or isinstance(value, Mapping)
+        return (names is None or len(value) == len(names)) and all(is_array(part) for part in value)
+    return is_array(value) or isinstance(value, Mapping)
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray | torch.Tensor)
+def _length(source: Iterable[Any]) -> int | None:
+    # A DataLoader over an iterable dataset has __len__, and raises when it is called.
+    try:
+        return len(source)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _row_count(inputs: Inputs) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _require_rows(rows: int, minimum: int, argument: str, remedy: str) -> None:
+    if rows < minimum:
+        raise CalibrationError(
+            f"{rows} rows are too few, at least {minimum} are needed", where=argument, remedy=remedy
+        )
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
+    return batches[0] if len(batches) == 1 else _concatenate(iter(batches), "train_data")
 
 
 def _batches_of(data: Any, names: tuple[str, ...], argument: str) -> Iterator[Batch]:
@@ -192,9 +318,7 @@ def _batches_of(data: Any, names: tuple[str, ...], argument: str) -> Iterator[Ba
 
 
 def _read_batch(batch: Any, names: tuple[str, ...], argument: str) -> Batch:
-    labels = None
-    if isinstance(batch, tuple | list) and len(batch) == 2 and _inputs_like(batch[0], names):
-        batch, labels = batch
+    batch, labels = split_labels(batch, names)
     inputs = _read_inputs(batch, names, argument)
     count = {len(tensor) for tensor in inputs.values()}
     if len(count) != 1:
@@ -213,18 +337,22 @@ def _read_inputs(value: Any, names: tuple[str, ...], argument: str) -> Inputs:
         parts = [value[name] for name in names]
     else:
         parts = list(value) if isinstance(value, tuple | list) else [value]
-    if len(parts) != len(names) or not all(_is_array(part) and np.ndim(part) > 0 for part in parts):
+    if len(parts) != len(names) or not all(is_array(part) and np.ndim(part) > 0 for part in parts):
         raise CalibrationError(
             f"cannot read {type(value).__name__} as the model's inputs {list(names)}",
             where=argument,
             remedy="give an array for a single input, a dict by input name for several",
         )
-    tensors = [part if isinstance(part, torch.Tensor) else torch.from_numpy(part) for part in parts]
-    return {name: tensor.detach().cpu() for name, tensor in zip(names, tensors, strict=True)}
+    return {
+        name: to_tensor(part, f"{argument}, input {name!r}") for name, part in zip(names, parts, strict=True)
+    }
 
 
 def _read_labels(value: Any, rows: int, argument: str) -> Labels:
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    except (TypeError, ValueError) as error:  # bfloat16; lists within lists
+        raise CalibrationError(f"labels cannot be read: {error}", where=argument) from None
     if array.shape != (rows,):
         raise CalibrationError(
             f"labels have shape {array.shape}, one per row is needed: ({rows},)", where=argument

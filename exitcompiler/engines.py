@@ -18,13 +18,12 @@ __all__ = ["Engines", "Lowerer", "block_key"]
 
 
 def block_key(block: Block) -> str:
-    """What makes two blocks lower to the same model: operators, parameters, signature; not gate numbers."""
+    """What makes two blocks lower to the same model: operators, parameters, signature; not gate numbers.
+
+    Parameters count by where they are in memory: a key means something only as long as they are alive.
+    """
     parts = [f"{node.name}={node.target}{node.args}{node.kwargs}" for node in block.body.graph.nodes]
-    for node in block.body.graph.nodes:
-        if node.op == "get_attr":
-            value = find_attribute(block.body, str(node.target))
-            storage = value.data_ptr() if isinstance(value, Tensor) else id(value)
-            parts.append(f"{node.name}@{storage}")
+    parts += [f"{name}@{_place(value)}" for name, value in _constants(block).items()]
     signature = engine_signature(block)
     parts += [str(list(signature.inputs.items())), str(list(signature.outputs.items()))]
     if isinstance(block.terminator, Branch) and not isinstance(block.terminator.gate, ConstantGate):
@@ -32,11 +31,25 @@ def block_key(block: Block) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _constants(block: Block) -> dict[str, object]:
+    """Node -> the tensor, or other thing, that it reads from the body."""
+    nodes = (node for node in block.body.graph.nodes if node.op == "get_attr")
+    return {node.name: find_attribute(block.body, str(node.target)) for node in nodes}
+
+
+def _place(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return str(id(value))
+    return f"{value.data_ptr()} {value.dtype}{list(value.shape)}{value.stride()}"
+
+
 @dataclass
 class Lowerer:
     """Lowers blocks to ONNX and remembers what it has lowered."""
 
     _models: dict[str, bytes] = field(default_factory=dict)
+    # Keeps the memory of what the keys were made of from being used for anything else.
+    _constants: dict[str, dict[str, object]] = field(default_factory=dict)
 
     def lower(self, blocks: Iterable[Block]) -> None:
         """Lower all blocks that are new, in one export.
@@ -54,6 +67,7 @@ class Lowerer:
         models = lower_blocks([_rename(fresh[key], name) for name, key in renamed.items()]) if fresh else {}
         for name, key in renamed.items():
             self._models[key] = models[name]
+            self._constants[key] = _constants(fresh[key])
 
     def model(self, block: Block) -> bytes:
         """The ONNX model of a block, lowered now if it is new."""
@@ -82,6 +96,8 @@ class Engines:
     backend: Backend
     lowerer: Lowerer
     _engines: dict[tuple[str, int | None], Engine] = field(default_factory=dict)
+    # As in the lowerer, which knows nothing of the blocks of the torch backend.
+    _constants: dict[str, dict[str, object]] = field(default_factory=dict)
 
     def load(self, blocks: Sequence[Block], static_batch: int | None = None) -> Mapping[str, Engine]:
         """Block name -> engine, for all blocks that need one.
@@ -103,6 +119,7 @@ class Engines:
         key = (block_key(block), batch)
         if key not in self._engines:
             self._engines[key] = self._load(block, batch)
+            self._constants[key[0]] = _constants(block)
         return self._engines[key]
 
     def _load(self, block: Block, static_batch: int | None) -> Engine:

@@ -8,7 +8,27 @@ from pathlib import Path
 
 from exitcompiler.errors import InputError
 
-__all__ = ["write_file"]
+__all__ = ["require_writable", "write_file"]
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a place where nothing can be written, before the work for it.
+
+    Args:
+        path: Of a file or folder to be made.
+
+    Raises:
+        InputError: Its folder does not exist or is not writable.
+    """
+    folder = Path(os.path.abspath(path)).parent
+    if not folder.is_dir():
+        raise InputError(
+            "its folder does not exist", where=f"output {str(path)!r}", remedy="make the folder first"
+        )
+    if not os.access(folder, os.W_OK):
+        raise InputError(
+            "its folder is not writable", where=f"output {str(path)!r}", remedy="choose another place"
+        )
 
 
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:

@@ -23,7 +23,7 @@ from exitcompiler.flops import count_flops
 from exitcompiler.packaging import PLAIN, environment, point_name
 from exitcompiler.policies import CostModel, Leave, LinearRule
 from exitcompiler.program import Program
-from exitcompiler.runtime.backends import Backend
+from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.scores import ScoreTable
 from exitcompiler.selection import Built, Selection
 from exitcompiler.settings import Settings
@@ -56,7 +56,6 @@ class Findings:
         self._fitted: Fitted | None = None
         self.parity: float | None = None
         self.seconds: Mapping[str, float] = {}
-        self.backbone_accuracy: float | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -96,7 +95,6 @@ class Findings:
 
     def selected(self, selection: Selection, table: ScoreTable, costs: CostModel) -> None:
         """What the gates came out as."""
-        self.backbone_accuracy = float(table.backbone_correct.mean())
         chosen = selection.chosen
         self._frontier(selection, costs)
         self._report["rounds"] = [
@@ -111,13 +109,14 @@ class Findings:
         }
         self.note(f"gates were learned as: {selection.frontier.recipe}")
 
-    def measured(self, latency: Mapping[str, Any], execution: str, backend: Backend) -> None:
+    def measured(self, latency: Mapping[str, Any], execution: str, compiled: CompiledModel) -> None:
         """How fast the program is next to the plain engine."""
         self._report["latency"] = {
             **latency,
+            "point": compiled.operating_point.name,
             "execution": execution,
-            "backend": backend.name,
-            "threads": backend.threads,
+            "backend": compiled.backend.name,
+            "threads": compiled.backend.threads,
         }
 
     def certified(self, certificate: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
@@ -141,6 +140,8 @@ class Findings:
         if report["refused"]:
             for entry in report.get("exits", []):
                 entry["kept"] = False
+            for entry in report.get("frontier", []):
+                entry["chosen"] = entry["shipped"] = entry["name"] == PLAIN
         return report
 
     def _ms(self, time_us: float) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +13,13 @@ from torch import nn
 from exitcompiler.candidates import Candidates
 from exitcompiler.controlflow import Return, ValueSpec
 from exitcompiler.cut_points import CutPoint
-from exitcompiler.data import Rows, TrainingData
+from exitcompiler.data import Extent, Rows, TrainingData
 from exitcompiler.engines import Engines
-from exitcompiler.errors import CalibrationError
 from exitcompiler.flops import count_flops
 from exitcompiler.heads import LinearHead, deep_head, head_flops, lower_head
 from exitcompiler.naming import DEEP, LINEAR
 from exitcompiler.passes.find_cut_points import find_cut_points
-from exitcompiler.passes.split_block import block_name, split_block
+from exitcompiler.passes.split_block import split_block
 from exitcompiler.placement import PROBE_ROWS, Place, choose_places, probe
 from exitcompiler.profile import block_times_us
 from exitcompiler.program import Program
@@ -43,17 +41,13 @@ class Fitted:
         candidates: The chain and the heads; None: the network has no place for an exit.
         places: Every cut point that was looked at.
         head_flops: (exit, kind) -> floating-point operations of a head for one row.
-        backbone_flops: Of the whole network for one row.
-        rows: How many training rows an epoch had.
-        epochs: How many epochs the heads were trained for.
+        rows: How many training rows an epoch had; 0: they were not looked at.
     """
 
     candidates: Candidates | None
     places: Sequence[Place]
     head_flops: dict[HeadKey, int]
-    backbone_flops: int
     rows: int
-    epochs: int
 
 
 def fit_exits(
@@ -78,16 +72,44 @@ def fit_exits(
         CalibrationError: The training data cannot be used.
         LoweringError: A block cannot be lowered.
     """
-    flops = count_flops(program.entry.body)
     cuts = _distinct(find_cut_points(program))
     if not cuts:
-        return Fitted(None, (), {}, flops, 0, 0)
-    end = program.entry.terminator
-    assert isinstance(end, Return)
-    logits = end.values[0]
-    classes = int(program.entry.values[logits].shape[1])
-    rows, batches = _count(data, settings.recipe.batch_size)
-    probed = min(rows, PROBE_ROWS)
+        return Fitted(None, (), {}, 0)
+    # A loader that shuffles draws from torch's global generator: seeded here, and left as it was found.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
+        data = data.for_model(program)
+        extent = data.count(settings.recipe.batch_size)
+        places = _places(program, cuts, data, extent, sample, engines, settings, reporter)
+        chosen = [place.cut for place in places if place.chosen]
+        if not chosen:
+            return Fitted(None, places, {}, extent.rows)
+        heads = _trained_heads(program, chosen, data, extent, settings, reporter)
+    by_name = {cut.name: cut for cut in chosen}
+    sizes = {key: head_flops(head, by_name[key[0]].spec) for key, head in heads.items()}
+    classes = _classes(program)
+    lowered = {
+        key: lower_head(key, head, by_name[key[0]].value, by_name[key[0]].spec, classes)
+        for key, head in heads.items()
+    }
+    chain = split_block(program, chosen)
+    candidates = Candidates(chain, tuple(by_name), _blocks_of(chain, chosen), lowered)
+    return Fitted(candidates, places, sizes, extent.rows)
+
+
+def _places(
+    program: Program,
+    cuts: Sequence[CutPoint],
+    data: TrainingData,
+    extent: Extent,
+    sample: Rows,
+    engines: Engines,
+    settings: Settings,
+    reporter: Reporter,
+) -> list[Place]:
+    """Probe every cut, time the backbone to it, choose."""
+    classes, logits = _classes(program), _logits(program)
+    probed = min(extent.rows, PROBE_ROWS)
     with reporter.step("probing cut points", probed) as step:
         stream = FeatureStream.of(program, [*(cut.value for cut in cuts), logits])
         accuracies = probe(
@@ -95,41 +117,54 @@ def fit_exits(
         )
     with reporter.step("timing the backbone to each cut"):
         shares = _time_shares(split_block(program, cuts), engines, sample, settings.batch_size)
-    places = choose_places(
-        cuts, shares, accuracies, count=settings.max_exits, chance=_chance(sample, classes)
-    )
-    chosen = [place.cut for place in places if place.chosen]
-    if not chosen:
-        return Fitted(None, places, {}, flops, rows, 0)
-    torch.manual_seed(settings.seed)
-    heads = _new_heads(chosen, classes, flops * settings.recipe.budget_share)
-    sizes = {key: head_flops(head, _cut(chosen, key).spec) for key, head in heads.items()}
-    target = logits if _unlabelled(data) else None
-    values = [*(cut.value for cut in chosen), *([logits] if target else [])]
-    epochs = settings.recipe.epochs_for(rows)
-    with reporter.step(f"training {len(heads)} exit heads", epochs * batches) as step:
+    return choose_places(cuts, shares, accuracies, count=settings.max_exits, chance=_chance(sample, classes))
+
+
+def _trained_heads(
+    program: Program,
+    cuts: Sequence[CutPoint],
+    data: TrainingData,
+    extent: Extent,
+    settings: Settings,
+    reporter: Reporter,
+) -> dict[HeadKey, nn.Module]:
+    """Two heads for every cut, all trained on one stream."""
+    budget_flops = count_flops(program.entry.body) * settings.recipe.budget_share
+    heads = _new_heads(cuts, _classes(program), budget_flops)
+    value_of = {cut.name: cut.value for cut in cuts}
+    target = None if extent.labelled else _logits(program)
+    values = [*value_of.values(), *([target] if target else [])]
+    epochs = settings.recipe.epochs_for(extent.rows)
+    with reporter.step(f"training {len(heads)} exit heads", epochs * extent.batches) as step:
         train_heads(
             FeatureStream.of(program, values),
             heads,
-            {key: _cut(chosen, key).value for key in heads},
+            {key: value_of[key[0]] for key in heads},
             data,
-            rows=rows,
-            batches=batches,
-            recipe=replace(settings.recipe, epochs=epochs),
+            epochs=epochs,
+            batches=extent.batches,
+            recipe=settings.recipe,
             seed=settings.seed,
             step=step,
             target=target,
         )
-    chain = split_block(program, chosen)
-    lowered = {
-        key: lower_head(key, head, _cut(chosen, key).value, _cut(chosen, key).spec, classes)
-        for key, head in heads.items()
-    }
-    blocks = [block.name for block in chain.blocks]
-    block_of = {cut.name: name for cut, name in zip(chosen, blocks, strict=False)}
-    assert all(block_of[cut.name].startswith(block_name(cut.name)) for cut in chosen)
-    candidates = Candidates(chain, tuple(cut.name for cut in chosen), block_of, lowered)
-    return Fitted(candidates, places, sizes, flops, rows, epochs)
+    return heads
+
+
+def _logits(program: Program) -> str:
+    end = program.entry.terminator
+    assert isinstance(end, Return)
+    return end.values[0]
+
+
+def _classes(program: Program) -> int:
+    return int(program.entry.values[_logits(program)].shape[1])
+
+
+def _blocks_of(chain: Program, cuts: Iterable[CutPoint]) -> dict[str, str]:
+    """Exit name -> name of the block that computes the value cut through."""
+    made_by = {value: block.name for block in chain.blocks for value in block.results}
+    return {cut.name: made_by[cut.value] for cut in cuts}
 
 
 def _distinct(cuts: Iterable[CutPoint]) -> list[CutPoint]:
@@ -141,10 +176,6 @@ def _distinct(cuts: Iterable[CutPoint]) -> list[CutPoint]:
         seen.add(named.name)
         distinct.append(named)
     return distinct
-
-
-def _cut(cuts: Sequence[CutPoint], key: HeadKey) -> CutPoint:
-    return next(cut for cut in cuts if cut.name == key[0])
 
 
 def _new_heads(cuts: Sequence[CutPoint], classes: int, budget_flops: float) -> dict[HeadKey, nn.Module]:
@@ -166,25 +197,3 @@ def _chance(rows: Rows, classes: int) -> float:
     if rows.labels is None:
         return 1.0 / classes
     return float(np.bincount(rows.labels).max() / len(rows.labels))
-
-
-def _count(data: TrainingData, batch_size: int) -> tuple[int, int]:
-    """Rows and batches in an epoch."""
-    source: Any = data.source
-    if isinstance(source, Rows):
-        return len(source), -(-len(source) // batch_size)
-    rows = batches = 0
-    generator = torch.Generator().manual_seed(0)
-    for inputs, _ in data.epoch(batch_size, generator):
-        rows += len(next(iter(inputs.values())))
-        batches += 1
-        if batches == 1 and hasattr(source, "__len__"):
-            return rows * len(source), len(source)
-    if rows == 0:
-        raise CalibrationError("there are no rows", where="train_data")
-    return rows, batches
-
-
-def _unlabelled(data: TrainingData) -> bool:
-    _, labels = next(iter(data.epoch(2, torch.Generator().manual_seed(0))))
-    return labels is None

@@ -171,6 +171,11 @@ class Frontier:
         trade_off_us = float(np.exp(log_trade_off))
         drop = float(self.drops[[low, high]] @ [1.0 - share, share])
         mean_us = float(self.times_us[[low, high]] @ [1.0 - share, share])
+        # Interpolated to the limit, up to rounding: what was made for a limit has to keep it exactly.
+        if by_drop:
+            drop = min(drop, limit)
+        else:
+            mean_us = min(mean_us, limit)
         estimate, _ = self.cross_fit.judge(trade_off_us)
         starts = [self.learner.learn(float(self.trade_offs_us[index])) for index in (low, high)]
         policy = to_policy(self.learner.table.exits, self.learner.learn(trade_off_us, starts))
@@ -235,12 +240,7 @@ def sweep(
         curves.append((worth, cross_fit, estimates, drops, times_us))
     _, cross_fit, estimates, drops, times_us = min(curves, key=lambda curve: curve[0])
     learner = prepare(table, costs, cross_fit.recipe, allowed)
-    policies = []
-    previous: tuple[Choices, ...] = ()
-    for trade_off_us in trade_offs_us:
-        previous = (learner.learn(float(trade_off_us), previous),)
-        policies.append(to_policy(table.exits, previous[0]))
-        tick()
+    policies = _learn_all(learner, trade_offs_us, tick)
     plain = Policy.plain(table.exits)
     points = [FrontierPoint(math.inf, plain, 0.0, costs.whole_us, evaluate(plain, table, costs))]
     points += [
@@ -248,6 +248,17 @@ def sweep(
         for i in range(steps)
     ]
     return Frontier(pareto(points), cross_fit.recipe, learner, cross_fit, trade_offs_us, drops, times_us)
+
+
+def _learn_all(learner: Learner, trade_offs_us: Float64Array, tick: Callable[[], None]) -> list[Policy]:
+    """A policy for every trade-off, each started from its neighbour's choices as well."""
+    policies = []
+    previous: tuple[Choices, ...] = ()
+    for trade_off_us in trade_offs_us:
+        previous = (learner.learn(float(trade_off_us), previous),)
+        policies.append(to_policy(learner.table.exits, previous[0]))
+        tick()
+    return policies
 
 
 def _fold_rows(rows: int, folds: int, seed: int) -> tuple[NDArray[np.intp], ...]:

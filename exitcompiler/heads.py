@@ -65,6 +65,9 @@ def pool(features: Tensor) -> Tensor:
     A feature map is averaged over its pixels; of tokens, the average and the first one (which is the
     class token where there is one) stand side by side; a vector stays.
 
+    Padded tokens count like all others, since a cut value carries no mask. Three dimensions are always
+    read as tokens: of a 1-D convolution's ``[batch, C, L]`` the channels are averaged, not the positions.
+
     Args:
         features: ``[batch, C, H, W]``, ``[batch, H, W, C]`` (recognised by H = W), ``[batch, S, D]`` or
             ``[batch, D]``.
@@ -187,6 +190,7 @@ class ConvHead(nn.Module):
 
 WIDTHS: Final = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 RESIDUALS: Final = (1, 2, 3)
+TOKEN_WIDTHS: Final = (256, 192, 128, 96, 64, 48, 32, 24, 16)
 NEARLY: Final = 0.85
 
 
@@ -200,7 +204,7 @@ def deep_head(spec: ValueSpec, classes: int, *, budget_flops: float) -> nn.Modul
             there is where none fits.
     """
     if not _is_map(spec):
-        return TokenHead(spec, classes)
+        return _token_head(spec, classes, budget_flops)
     heads = [
         ConvHead(spec, classes, width=width, residuals=residuals)
         for width in WIDTHS
@@ -211,6 +215,15 @@ def deep_head(spec: ValueSpec, classes: int, *, budget_flops: float) -> nn.Modul
     # Among heads of about the largest size that fits, the narrowest is the deepest.
     enough = NEARLY * max(flops for flops, _ in fitting)
     return next(head for flops, head in fitting if flops >= enough)
+
+
+def _token_head(spec: ValueSpec, classes: int, budget_flops: float) -> TokenHead:
+    """The widest that fits, or the narrowest."""
+    for width in TOKEN_WIDTHS:
+        head = TokenHead(spec, classes, width=width)
+        if head_flops(head, spec) <= budget_flops:
+            break
+    return head
 
 
 def classifier_weights(head: nn.Module) -> list[Tensor]:

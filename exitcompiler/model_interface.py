@@ -8,14 +8,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from exitcompiler.controlflow import DTYPES, RESERVED, OutputStructure
+from exitcompiler.controlflow import DTYPES, RESERVED, ControlFlow, OutputStructure
 from exitcompiler.errors import CalibrationError, InputError, UnsupportedModelError
 from exitcompiler.row_independence import take_rows
 
-__all__ = ["Example", "as_tensors", "bind_example", "check_logits", "sample_rows", "select_logits"]
+__all__ = [
+    "Example",
+    "as_tensors",
+    "bind_example",
+    "check_fit",
+    "check_logits",
+    "is_array",
+    "sample_rows",
+    "select_logits",
+    "to_tensor",
+]
 
 Example: TypeAlias = Tensor | np.ndarray[Any, Any] | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 
@@ -53,7 +64,7 @@ def as_tensors(example: Example, names: Sequence[str]) -> dict[str, Tensor]:
     Raises:
         InputError: A name is unknown, or the rows do not match.
         UnsupportedModelError: A value is no tensor, or of an unsupported dtype.
-        CalibrationError: The example holds NaN or infinite values.
+        CalibrationError: The example holds NaN or infinite values, or an array is not of numbers.
     """
     if isinstance(example, Mapping):
         unknown = [name for name in example if name not in names]
@@ -67,8 +78,8 @@ def as_tensors(example: Example, names: Sequence[str]) -> dict[str, Tensor]:
         raw = dict(zip(names, values, strict=False))
     inputs: dict[str, Tensor] = {}
     for name, value in raw.items():
-        tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         where = f"input {name!r}"
+        tensor = to_tensor(value, where) if is_array(value) else value
         if not isinstance(tensor, Tensor):
             raise UnsupportedModelError(
                 f"inputs must be tensors, not {type(value).__name__}",
@@ -83,13 +94,66 @@ def as_tensors(example: Example, names: Sequence[str]) -> dict[str, Tensor]:
             raise InputError(f"needs rows along dim 0, has shape {list(tensor.shape)}", where=where)
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CalibrationError("the example holds NaN or infinite values", where=where)
-        inputs[name] = tensor.detach().cpu()
+        inputs[name] = tensor
     if len({tensor.shape[0] for tensor in inputs.values()}) > 1:
         shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
         raise InputError(f"the inputs have different numbers of rows: {shapes}")
     if not inputs:
         raise InputError("the example holds no inputs")
     return inputs
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is one that rows can be read from."""
+    return isinstance(value, np.ndarray | Tensor)
+
+
+def to_tensor(value: npt.NDArray[Any] | Tensor, where: str) -> Tensor:
+    """An array as a tensor on the CPU, without a copy where possible.
+
+    Raises:
+        CalibrationError: It holds strings, objects or records.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    try:
+        return torch.from_numpy(value)
+    except ValueError:  # torch knows no negative strides and no foreign byte order
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
+    except TypeError:
+        raise CalibrationError(
+            f"an array of dtype {value.dtype} is not data", where=where, remedy="give an array of numbers"
+        ) from None
+
+
+def check_fit(
+    inputs: Mapping[str, Tensor], labels: npt.NDArray[np.int64] | None, model: ControlFlow, argument: str
+) -> None:
+    """Check rows against a model's inputs and classes.
+
+    Args:
+        inputs: By name, all of the model's.
+        labels: ``int64 [rows]``, 0 and up, or None.
+        model: The captured one, whose first output is its logits.
+        argument: What to call the data in messages.
+
+    Raises:
+        CalibrationError: Shapes or dtypes differ, or a label is no class of the model.
+    """
+    for name, spec in model.inputs.items():
+        found = (str(inputs[name].dtype).removeprefix("torch."), tuple(inputs[name].shape[1:]))
+        if found != (spec.dtype, tuple(spec.shape[1:])):
+            raise CalibrationError(
+                f"rows are {found[0]}{list(found[1])}, the model takes {spec}",
+                where=f"{argument}, input {name!r}",
+            )
+    classes = int(next(iter(model.outputs.values())).shape[1])
+    if labels is not None and len(labels) and int(labels.max()) >= classes:
+        raise CalibrationError(
+            f"label {int(labels.max())} is out of range: the model has {classes} classes",
+            where=argument,
+            remedy=f"number the classes 0..{classes - 1} in the order of the model's outputs",
+        )
 
 
 def sample_rows(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from exitcompiler.controlflow import ControlFlow, OutputStructure
@@ -19,12 +21,12 @@ from exitcompiler.runtime.manifest import (
     MODEL_FILE,
     Artifact,
     Estimate,
-    Execution,
     Json,
     Manifest,
     OperatingPoint,
     block_path,
     torch_paths,
+    with_torch_graphs,
 )
 from exitcompiler.selection import Built
 from exitcompiler.settings import Settings
@@ -50,10 +52,11 @@ def pack(
     backend: Backend,
     lowerer: Lowerer,
     settings: Settings,
-    *,
-    execution: Execution = "blocks",
 ) -> Artifact:
     """An artifact whose first point is selected, or the plain backbone where there is no other.
+
+    The torch graphs of blocks are in it only where the torch backend needs them; else they are made from
+    the programs, which the artifact keeps alive for this, when it is saved with them.
 
     Args:
         points: The operating points, the chosen one first; told apart by their accuracy drops.
@@ -64,25 +67,18 @@ def pack(
         backend: What everything was measured on.
         lowerer: Where ONNX models come from.
         settings: What was asked for.
-        execution: How single rows of the chosen point run.
 
     Raises:
-        LoweringError: A block cannot be lowered.
+        LoweringError: A block cannot be lowered, or, for the torch backend, cannot be written.
     """
     files: dict[str, bytes] = {}
+    programs = {point_name(built.point.accuracy_drop): built.program for built in points} | {PLAIN: plain}
+    estimates = [_estimate(built, settings) for built in points]
+    estimates.append(plain_estimate(plain_us, accuracy, settings))
     packed = [
-        _point(
-            point_name(built.point.accuracy_drop),
-            built.program,
-            _estimate(built, settings),
-            lowerer,
-            files,
-            execution if built is points[0] else "blocks",
-        )
-        for built in points
+        _point(name, program, estimate, lowerer, files)
+        for (name, program), estimate in zip(programs.items(), estimates, strict=True)
     ]
-    plain_point = _point(PLAIN, plain, plain_estimate(plain_us, accuracy, settings), lowerer, files, "blocks")
-    packed.append(plain_point)
     chosen = points[0].program if points else plain
     files[MODEL_FILE] = assemble_onnx(_interfaces(chosen), lowerer.models(chosen))
     manifest = Manifest(
@@ -99,26 +95,41 @@ def pack(
         one_file=0,
         environment=environment(),
     )
-    return Artifact(manifest, files, {})
+    artifact = Artifact(manifest, files, {}, partial(_add_torch_graphs, programs))
+    return with_torch_graphs(artifact) if backend.name == "torch" else artifact
 
 
 def _point(
-    name: str,
-    program: Program,
-    estimate: Estimate,
-    lowerer: Lowerer,
-    files: dict[str, bytes],
-    execution: Execution,
+    name: str, program: Program, estimate: Estimate, lowerer: Lowerer, files: dict[str, bytes]
 ) -> OperatingPoint:
     names: dict[str, str] = {}
-    torch_names: dict[str, str] = {}
     for block, model in lowerer.models(program).items():
         names[block] = f"{hashlib.sha256(model).hexdigest()}.onnx"
         files[block_path(names[block])] = model
-        graph, weights = serialize_body(program.block(block).body)
-        torch_names[block] = hashlib.sha256(graph + weights).hexdigest()
-        files.update(zip(torch_paths(torch_names[block]), (graph, weights), strict=True))
-    return OperatingPoint(name, _interfaces(program), names, estimate, execution, torch_names)
+    return OperatingPoint(name, _interfaces(program), names, estimate)
+
+
+def _add_torch_graphs(programs: Mapping[str, Program], artifact: Artifact) -> Artifact:
+    """The artifact with the torch graphs of its blocks.
+
+    Args:
+        programs: Operating point -> program.
+        artifact: Of these programs; its manifest may have changed in other ways since it was packed.
+
+    Raises:
+        LoweringError: The graph of a block cannot be written; names the node.
+    """
+    files = dict(artifact.files)
+    points = []
+    for point in artifact.manifest.operating_points:
+        stems: dict[str, str] = {}
+        for block in point.files:
+            graph, weights = serialize_body(programs[point.name].block(block).body)
+            stems[block] = hashlib.sha256(graph + weights).hexdigest()
+            files.update(zip(torch_paths(stems[block]), (graph, weights), strict=True))
+        points.append(replace(point, torch_files=stems))
+    manifest = replace(artifact.manifest, operating_points=tuple(points))
+    return replace(artifact, manifest=manifest, files=files)
 
 
 def _interfaces(program: Program) -> ControlFlow:

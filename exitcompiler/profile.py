@@ -19,10 +19,10 @@ from exitcompiler.runtime.single_row import aligned_empty
 from exitcompiler.runtime.timing import measure_interleaved
 from exitcompiler.scoring import run_block
 
-__all__ = ["block_times_us", "measure_costs", "measure_program"]
+__all__ = ["block_times_us", "measure_costs"]
 
 REPEATS = 150
-MINIMUM_US = 0.01  # a block without an engine
+LIMIT_S = 20.0
 
 
 def measure_costs(
@@ -57,12 +57,6 @@ def measure_costs(
     )
 
 
-def measure_program(program: Program, engines: Engines, rows: Rows, batch_size: int) -> dict[str, float]:
-    """Block name -> microseconds per row, head, gate and call included."""
-    times = block_times_us(program.blocks, engines, rows, batch_size)
-    return {block.name: time for block, time in zip(program.blocks, times, strict=True)}
-
-
 def block_times_us(
     blocks: Sequence[Block], engines: Engines, rows: Rows, batch_size: int, repeats: int = REPEATS
 ) -> list[float]:
@@ -83,7 +77,9 @@ def block_times_us(
         _bind_params(block, blocks, values)
         calls[str(number)] = _bound_call(block, engines, values, batch_size)
         values.update(run_block(block, engines, values, batch_size))
-    samples = measure_interleaved(calls, [()], repeats=repeats, warmup=max(5, repeats // 10))
+    samples = measure_interleaved(
+        calls, [()], repeats=repeats, warmup=max(5, repeats // 10), limit_s=LIMIT_S, minimum=10
+    )
     return [float(np.median(samples[str(number)])) / batch_size for number in range(len(blocks))]
 
 

@@ -16,38 +16,48 @@ from exitcompiler.runtime.explain import (
     format_duration,
     format_share,
     headline,
+    measured_point,
     points_to_list,
     reason_text,
     runs_sentence,
     taken_exits,
 )
+from exitcompiler.runtime.manifest import OperatingPoint
 
 __all__ = ["render_report", "write_report"]
 
 
 def write_report(
-    report: Mapping[str, Any], control_flow: ControlFlow | None, path: str | os.PathLike[str]
+    report: Mapping[str, Any],
+    control_flow: ControlFlow | None,
+    path: str | os.PathLike[str],
+    *,
+    point: OperatingPoint | None = None,
 ) -> None:
     """Write the report as a self-contained HTML file; an existing file is replaced as a whole.
 
     Args:
         report: The report of a compiled program; what is missing in it is left out.
-        control_flow: The chosen program, to be drawn.
+        control_flow: The selected program, to be drawn.
         path: Where to write.
+        point: The operating point that is selected; None: the one that was measured.
 
     Raises:
         InputError: The file cannot be written.
         ExitCompilerError: jinja2 or matplotlib is not installed.
     """
-    write_file(path, render_report(report, control_flow).encode())
+    write_file(path, render_report(report, control_flow, point).encode())
 
 
-def render_report(report: Mapping[str, Any], control_flow: ControlFlow | None) -> str:
+def render_report(
+    report: Mapping[str, Any], control_flow: ControlFlow | None, point: OperatingPoint | None = None
+) -> str:
     """The HTML text that ``write_report`` writes.
 
     Args:
         report: The report of a compiled program; what is missing in it is left out.
-        control_flow: The chosen program, to be drawn.
+        control_flow: The selected program, to be drawn.
+        point: The operating point that is selected; None: the one that was measured.
 
     Raises:
         ExitCompilerError: jinja2 or matplotlib is not installed.
@@ -62,29 +72,30 @@ def render_report(report: Mapping[str, Any], control_flow: ControlFlow | None) -
             f"the HTML report needs {error.name}", remedy="pip install 'exitcompiler[report]'"
         ) from error
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
-    for name, show in _FILTERS.items():
-        environment.filters[name] = _or_dash(show)
+    environment.filters.update({name: _or_dash(show) for name, show in _FILTERS.items()})
     template = resources.files("exitcompiler").joinpath("templates/report.html").read_text(encoding="utf-8")
 
     points = report.get("frontier") or []
     chosen: Mapping[str, Any] = next((point for point in points if point.get("chosen")), {})
     limit = (report.get("settings") or {}).get("max_accuracy_drop")
     plotted = [p for p in points if _has(p, "mean_latency_ms", "accuracy_drop")]
-    rates = taken_exits(chosen)
+    measured = measured_point(report, point)
+    other = point if measured is not None else None
+    rates = taken_exits(chosen if other is None else {"exit_rates": other.estimate.exit_rates})
     reliability = report.get("reliability") or {}
-
+    curves = report.get("baselines") or {}
     drawings = {
-        "frontier_chart": charts.draw_frontier(plotted, report.get("baselines") or {}, limit)
-        if plotted
-        else "",
+        "frontier_chart": charts.draw_frontier(plotted, curves, limit) if plotted else "",
         "exit_chart": charts.draw_exit_histogram(rates) if rates else "",
         "reliability_chart": charts.draw_reliability(reliability) if reliability else "",
         "drawing": draw_control_flow(control_flow, rates) if control_flow is not None else "",
     }
     return environment.from_string(template).render(
         name=(report.get("model") or {}).get("name") or "model",
-        headline=headline(report),
-        figures=_figures(report, chosen),
+        headline=headline(report, point),
+        figures=_figures(report, chosen) if other is None else _estimates(other),
+        measured=measured,
+        selected=None if other is None else other.name,
         refused=report.get("refused"),
         frontier=[{**point, "taken": taken_exits(point)} for point in points_to_list(points)],
         limit=limit,
@@ -124,6 +135,17 @@ def _figures(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[dict[
             {"label": "exits kept", "value": str(kept), "detail": f"of {len(report['exits'])} tried"}
         )
     return figures
+
+
+def _estimates(point: OperatingPoint) -> list[dict[str, str]]:
+    """The headline figures of a point that was not measured as a whole."""
+    estimate = point.estimate
+    drop = f"drop {_points(estimate.accuracy_drop)}, excess error {format_share(estimate.excess_error)}"
+    return [
+        {"label": "operating point", "value": point.name, "detail": "selected; figures are estimates"},
+        {"label": "mean latency", "value": format_duration(estimate.mean_latency_ms), "detail": "estimated"},
+        {"label": "accuracy", "value": format_share(estimate.accuracy), "detail": drop},
+    ]
 
 
 def _latency(latency: Mapping[str, Any]) -> list[dict[str, Any]]:

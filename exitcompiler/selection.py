@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from exitcompiler.engines import Engines
 from exitcompiler.errors import InputError
 from exitcompiler.frontier import Frontier, FrontierPoint, sweep
 from exitcompiler.policies import CostModel, GoOn, Policy
-from exitcompiler.profile import measure_program
+from exitcompiler.profile import block_times_us
 from exitcompiler.program import Program
 from exitcompiler.progress import Reporter
 from exitcompiler.scores import ScoreTable
@@ -24,8 +25,16 @@ __all__ = ["Built", "Round", "Selection", "select_points"]
 
 logger = logging.getLogger(__name__)
 
-ROUNDS = 3
-SHIPPED_DROPS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03)
+ROUNDS: Final = 3
+AIM: Final = 0.8
+"""Share of the allowed accuracy drop that is aimed at. Although they are out of fold, estimates are a
+little too good, for the best of several ways of learning is taken: aimed at 1.0 points, 20 re-splits of
+CIFAR-10 came to 1.11 in the mean."""
+
+SLACK: Final = 1.02
+"""How far a re-measured mean latency may be above a budget: about what timing repeats to."""
+
+SHIPPED_DROPS: Final = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03)
 """The accuracy drops for which an operating point is shipped, next to the one asked for."""
 
 
@@ -89,8 +98,8 @@ def select_points(
 ) -> Selection:
     """Learn gates, build the chosen program, measure it, learn again on what was measured.
 
-    A pruned exit never returns; at most three rounds; the round whose re-measured program is fastest
-    wins.
+    A pruned exit never returns; at most three rounds. Then the programs of all rounds are timed again
+    in turns, and the fastest wins (under a latency budget: the most accurate that keeps it).
 
     Args:
         candidates: Exits and heads.
@@ -106,24 +115,52 @@ def select_points(
         InputError: No operating point keeps the limit.
     """
     frontier = _sweep(table, costs, settings, reporter, "learning gates")
-    first = _fit(frontier, settings)
-    best = _build(candidates, table, first, engines, sample, settings)
-    rounds = [Round(table.exits, tuple(first.policy.kept), best.mean_us)]
-    current = best
+    current = _build(candidates, table, _fit(frontier, settings), engines, sample, settings)
+    tried = [current]
+    rounds = [Round(table.exits, tuple(current.point.policy.kept), current.mean_us)]
     while len(rounds) < ROUNDS and current.point.policy.kept:
         allowed = tuple(current.point.policy.kept)
-        measured = _measured_costs(table, costs, current)
+        measured = _measured_costs(costs, current)
         narrowed = _sweep(_restrict(table, allowed), measured, settings, reporter, "relearning gates")
         point = _widen(_fit(narrowed, settings), table)
-        again = _build(candidates, table, point, engines, sample, settings)
-        rounds.append(Round(allowed, tuple(point.policy.kept), again.mean_us))
-        if _keeps_limit(again, settings) and again.mean_us < best.mean_us:
-            best = again
+        current = _build(candidates, table, point, engines, sample, settings)
+        tried.append(current)
+        rounds.append(Round(allowed, tuple(point.policy.kept), current.mean_us))
         if tuple(point.policy.kept) == allowed:
             break
-        current = again
+    best = _best(_retime(tried, engines, sample, settings), settings)
     shipped = _shipped(frontier, best, candidates, table, engines, sample, settings)
     return Selection(frontier, best, shipped, tuple(rounds))
+
+
+def _best(tried: Sequence[Built], settings: Settings) -> Built:
+    """The fastest of the rounds' programs; under a latency budget the most accurate that keeps it.
+
+    Raises:
+        InputError: None keeps the budget once its blocks are measured; says what the fastest takes.
+    """
+    if settings.budget_us is None:
+        return min(tried, key=lambda built: built.mean_us)
+    within = [built for built in tried if built.mean_us <= settings.budget_us * SLACK]
+    if not within:
+        fastest_ms = min(built.mean_us for built in tried) * settings.batch_size / 1000.0
+        raise InputError(
+            f"no program keeps a mean latency of {settings.latency_budget_ms} ms; "
+            f"the fastest that was built takes {fastest_ms:.3f} ms",
+            remedy="raise the budget",
+        )
+    return min(within, key=lambda built: (built.point.accuracy_drop, built.mean_us))
+
+
+def _retime(tried: Sequence[Built], engines: Engines, sample: Rows, settings: Settings) -> list[Built]:
+    """The same programs, timed again in turns: what was timed minutes apart cannot be compared."""
+    if len(tried) < 2:
+        return list(tried)
+    blocks = [block for built in tried for block in built.program.blocks]
+    times = iter(block_times_us(blocks, engines, sample, settings.batch_size))
+    return [
+        _timed(built.program, built.point, [next(times) for _ in built.program.blocks]) for built in tried
+    ]
 
 
 def _sweep(
@@ -141,11 +178,9 @@ def _sweep(
 
 
 def _fit(frontier: Frontier, settings: Settings) -> FrontierPoint:
-    return frontier.fit(max_accuracy_drop=settings.drop_limit, latency_budget_us=settings.budget_us)
-
-
-def _keeps_limit(built: Built, settings: Settings) -> bool:
-    return settings.budget_us is None or built.mean_us <= settings.budget_us
+    if settings.drop_limit is None:
+        return frontier.fit(latency_budget_us=settings.budget_us)
+    return frontier.fit(max_accuracy_drop=AIM * settings.drop_limit)
 
 
 def _build(
@@ -157,11 +192,13 @@ def _build(
     settings: Settings,
 ) -> Built:
     program = build_program(candidates, point.policy)
-    times = measure_program(program, engines, sample, settings.batch_size)
-    reached = np.cumsum([times[block.name] for block in program.blocks])
-    leave_us = {
-        name: float(time) for name, time in zip(program.exits, reached, strict=True)
-    }  # a chain has one exit per block
+    return _timed(program, point, block_times_us(program.blocks, engines, sample, settings.batch_size))
+
+
+def _timed(program: Program, point: FrontierPoint, times_us: Sequence[float]) -> Built:
+    reached = np.cumsum(times_us)
+    # A chain has one exit per block.
+    leave_us = {name: float(time) for name, time in zip(program.exits, reached, strict=True)}
     rates = point.estimate.exit_rates
     mean_us = sum(leave_us.get(name, float(reached[-1])) * rate for name, rate in rates.items())
     return Built(program, point, leave_us, mean_us)
@@ -172,7 +209,7 @@ def _restrict(table: ScoreTable, exits: Sequence[str]) -> ScoreTable:
     return ScoreTable(tuple(exits), heads, table.backbone_logits, table.labels)
 
 
-def _measured_costs(table: ScoreTable, costs: CostModel, built: Built) -> CostModel:
+def _measured_costs(costs: CostModel, built: Built) -> CostModel:
     """Costs over the kept exits alone, from the measured blocks; heads apart as measured before."""
     kept = built.point.policy.kept
     heads = {key: cost for key, cost in costs.head_us.items() if key[0] in kept}
@@ -207,7 +244,7 @@ def _shipped(
     points: list[FrontierPoint] = []
     for drop in SHIPPED_DROPS:
         try:
-            point = frontier.fit(max_accuracy_drop=drop)
+            point = frontier.fit(max_accuracy_drop=AIM * drop)
         except InputError:
             continue
         others = [chosen.point, *points]

@@ -122,8 +122,8 @@ def mean_difference_interval(
     """
     first, second = _paired(a, b)
     difference = first - second
-    means = _weights(len(difference), resamples, seed) @ difference
-    return _interval(float(difference.mean()), means, confidence)
+    means = _resampled_means(difference[:, None], resamples, seed)
+    return _interval(float(difference.mean()), means[:, 0], confidence)
 
 
 def ratio_interval(
@@ -151,10 +151,8 @@ def ratio_interval(
     if min(first.min(), second.min()) <= 0:
         raise InputError("a ratio needs positive numbers", where="bootstrap")
     if statistic == "mean":
-        weights = _weights(len(first), resamples, seed)
-        return _interval(
-            float(first.mean() / second.mean()), (weights @ first) / (weights @ second), confidence
-        )
+        means = _resampled_means(np.column_stack([first, second]), resamples, seed)
+        return _interval(float(first.mean() / second.mean()), means[:, 0] / means[:, 1], confidence)
     generator = np.random.default_rng(seed)
     ratios = np.empty(resamples)
     for index in range(resamples):
@@ -234,9 +232,9 @@ def area_difference_interval(
         return first - mean_time_over_drops(means[2], means[3], lower, upper, plain_us=plain_us)
 
     value = difference([stack.mean(axis=1) for stack in stacks])
-    weights = _weights(stacks[0].shape[1], resamples, seed)
-    resampled = [weights @ stack.T for stack in stacks]
-    spread = np.array([difference([means[i] for means in resampled]) for i in range(resamples)])
+    ends = np.cumsum([len(stack) for stack in stacks])[:-1]
+    means = _resampled_means(np.concatenate(stacks).T, resamples, seed)
+    spread = np.array([difference(np.split(row, ends)) for row in means])
     return _interval(value, spread, confidence)
 
 
@@ -293,12 +291,20 @@ def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Float64Array, Float64Array]:
     return first, second
 
 
-def _weights(rows: int, resamples: int, seed: int) -> Float64Array:
-    """How often each row is drawn in each resample, over the number of rows: ``[resamples, rows]``."""
+def _resampled_means(values: Float64Array, resamples: int, seed: int) -> Float64Array:
+    """The mean of each column in each resample of the rows: ``[rows, columns]`` -> ``[resamples, columns]``.
+
+    One resample at a time, so that memory does not grow with their number.
+    """
     if resamples < 1:
         raise InputError(f"{resamples} resamples", where="bootstrap")
     generator = np.random.default_rng(seed)
-    return generator.multinomial(rows, np.full(rows, 1.0 / rows), size=resamples) / rows
+    rows = len(values)
+    means = np.empty((resamples, values.shape[1]))
+    for index in range(resamples):
+        drawn = np.bincount(generator.integers(rows, size=rows), minlength=rows)
+        means[index] = drawn.astype(np.float64) @ values / rows
+    return means
 
 
 def _interval(value: float, resampled: Float64Array, confidence: float) -> Interval:

@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
+from typing import Final
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +30,10 @@ __all__ = ["FeatureStream", "HeadRecipe", "supports_bfloat16", "train_heads"]
 
 logger = logging.getLogger(__name__)
 
+MOST_EPOCHS: Final = 16
+FEWEST_STEPS: Final = 6
+"""OneCycleLR's warm-up of 20 % has no length at 5 steps, and divides by it."""
+
 
 @dataclass(frozen=True)
 class HeadRecipe:
@@ -38,9 +44,9 @@ class HeadRecipe:
     brought nothing there, since on its own training images its softmax is almost the label.
 
     Args:
-        epochs: Passes over the training data; None: as many as ``row_budget`` allows, 2 to 20.
+        epochs: Passes over the training data; None: as many as ``row_budget`` allows, 2 to 16.
         row_budget: How many rows to go through in all, counting each once per epoch.
-        batch_size: For data in memory; a loader makes its own batches.
+        batch_size: Of data in memory; a loader's own batches are joined until they have as many rows.
         muon_lr: Peak learning rate of convolutions and hidden layers.
         adamw_lr: Peak learning rate of all other parameters.
         weight_decay: Of convolutions and hidden layers.
@@ -61,7 +67,7 @@ class HeadRecipe:
         """Passes over ``rows`` rows of training data."""
         if self.epochs is not None:
             return self.epochs
-        return min(20, max(2, round(self.row_budget / rows)))
+        return min(MOST_EPOCHS, max(2, round(self.row_budget / rows)))
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,8 @@ class _Optimizer:
         self._optimizers = [optimizer for optimizer, _ in optimizers]
         self._schedules = [
             torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, max_lr=peak, total_steps=steps, pct_start=0.2, div_factor=10,
-                final_div_factor=1000, cycle_momentum=False,
+                optimizer, max_lr=peak, total_steps=max(steps, FEWEST_STEPS), pct_start=0.2,
+                div_factor=10, final_div_factor=1000, cycle_momentum=False,
             )
             for optimizer, peak in optimizers
         ]  # fmt: skip
@@ -154,52 +160,58 @@ def train_heads(
     reads: Mapping[HeadKey, str],
     data: TrainingData,
     *,
-    rows: int,
+    epochs: int,
     batches: int,
     recipe: HeadRecipe,
     seed: int,
     step: Step,
     target: str | None = None,
-) -> int:
+) -> None:
     """Train all heads on one stream of the frozen backbone, in place.
+
+    A batch of a single row, which the last of an epoch may be, is left out: batch norm needs two.
 
     Args:
         stream: Gives every value in ``reads``, and ``target`` where it is given.
         heads: (exit, kind) -> module from cut value to logits.
         reads: (exit, kind) -> name of the cut value.
-        data: Where rows come from.
-        rows: How many there are in an epoch.
-        batches: How many batches an epoch has.
+        data: Where rows come from; it checks them (``TrainingData.for_model``).
+        epochs: Passes over the data.
+        batches: How many batches an epoch has; what a loader gives beyond them is not drawn.
         recipe: How to train.
         seed: Of the order of rows.
         step: Progress, one unit a batch.
         target: The backbone's logits, where there are no labels: heads learn its answers.
 
-    Returns:
-        The number of epochs.
-
     Raises:
-        CalibrationError: The loss is not finite, or labels are out of range.
+        CalibrationError: A batch cannot be used, labels are there in one pass and not in another, the loss
+            is not finite, or no batch has two rows.
     """
-    epochs = recipe.epochs_for(rows)
     generator = torch.Generator().manual_seed(seed)
-    # One batch of slack an epoch: a loader may give one more than it did when it was counted.
-    optimizer = _Optimizer(list(heads.values()), recipe, epochs * (batches + 1))
+    optimizer = _Optimizer(list(heads.values()), recipe, epochs * batches)
     for head in heads.values():
         head.train()
+    trained_rows = 0
     for epoch in range(epochs):
-        for number, (inputs, labels) in enumerate(data.epoch(recipe.batch_size, generator)):
-            if number > batches or len(next(iter(inputs.values()))) < 2:  # batch norm needs two rows
+        for inputs, labels in islice(data.epoch(recipe.batch_size, generator), batches):
+            rows = len(next(iter(inputs.values())))
+            if rows < 2:
                 continue
             values = stream(inputs)
             targets = _targets(labels, None if target is None else values[target])
             loss = _backward(stream, heads, reads, values, targets, recipe)
             optimizer.step()
+            trained_rows += rows
             step.advance(note=f"epoch {epoch + 1}/{epochs}, loss {loss:.3f}")
     for head in heads.values():
         head.eval()
-    logger.info("trained %d heads for %d epochs of %d rows", len(heads), epochs, rows)
-    return epochs
+    if trained_rows == 0:
+        raise CalibrationError(
+            "no batch of two rows or more came",
+            where="train_data",
+            remedy="give more rows, or a loader that can be gone through several times",
+        )
+    logger.info("trained %d heads for %d epochs on %d rows in all", len(heads), epochs, trained_rows)
 
 
 def _backward(
@@ -228,6 +240,8 @@ def _backward(
 
 
 def _targets(labels: Labels | None, backbone_logits: Tensor | None) -> Tensor:
+    if (labels is None) != (backbone_logits is not None):
+        raise CalibrationError("some passes have labels and some have not", where="train_data")
     if labels is not None:
         return torch.from_numpy(labels)
     assert backbone_logits is not None

@@ -11,17 +11,17 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from exitcompiler.controlflow import BlockInterface, Branch, ControlFlow, LinearGate, engine_signature
+from exitcompiler.controlflow import BlockInterface
 from exitcompiler.errors import ArtifactError, InputError
 from exitcompiler.runtime.backends import Array, Backend, Engine
+from exitcompiler.runtime.engine_pool import EnginePool
 from exitcompiler.runtime.forcing import force_exit
 from exitcompiler.runtime.inputs import InputReader, as_tensor, finite_check, require_finite
-from exitcompiler.runtime.manifest import MODEL_FILE, Artifact, Execution, Manifest, OperatingPoint
-from exitcompiler.runtime.rows import BatchExecutor, single_file_signature
+from exitcompiler.runtime.manifest import Artifact, Execution, Manifest, OperatingPoint
+from exitcompiler.runtime.rows import BatchExecutor
 from exitcompiler.runtime.single_row import OneFileExecutor, SingleRowExecutor
 
-__all__ = ["CompiledModel", "EnginePool", "OperatingPoints", "Result"]
-
+__all__ = ["CompiledModel", "OperatingPoints", "Result"]
 
 _Answer: TypeAlias = tuple[list[Array], "int | NDArray[np.int32]", bool]
 
@@ -103,45 +103,6 @@ class OperatingPoints(Sequence[OperatingPoint]):
         if not chosen:
             raise InputError("no operating point meets this", where="select", remedy=nearest)
         return chosen[0]
-
-
-class EnginePool:
-    """The engines of an artifact, made when first needed and shared by its operating points.
-
-    Args:
-        artifact: Where the models are.
-        backend: What makes engines of them.
-    """
-
-    def __init__(self, artifact: Artifact, backend: Backend) -> None:
-        self.artifact = artifact
-        self.backend = backend
-        self._engines: dict[tuple[object, ...], Engine] = {}
-        self._lock = threading.Lock()
-
-    def block(self, point: OperatingPoint, block: BlockInterface, static_batch: int | None) -> Engine:
-        """The engine of a block of ``point``."""
-        signature, terminator = engine_signature(block), block.terminator
-        gate = terminator.gate if isinstance(terminator, Branch) else None
-        reads = gate.reads if isinstance(gate, LinearGate) else ()
-        batch = static_batch if self.backend.specialises else None
-        names = (tuple(signature.inputs), tuple(signature.outputs), tuple(block.results), reads)
-        key = (point.files[block.name], point.torch_files.get(block.name), names, batch)
-        with self._lock:
-            if key not in self._engines:
-                self._engines[key] = self.backend.load_block(
-                    self.artifact.files, point, block, static_batch=batch
-                )
-            return self._engines[key]
-
-    def one_file(self, flow: ControlFlow) -> Engine:
-        """The engine of the one-file model, for one row."""
-        with self._lock:
-            key = (MODEL_FILE,)
-            if key not in self._engines:
-                model = self.artifact.files[MODEL_FILE]
-                self._engines[key] = self.backend.load(model, single_file_signature(flow), static_batch=1)
-            return self._engines[key]
 
 
 class CompiledModel:
@@ -253,6 +214,24 @@ class CompiledModel:
         )
         return self._at([point.name for point in points].index(chosen.name))
 
+    def with_artifact(self, artifact: Artifact, *, notes: Sequence[str] | None = None) -> CompiledModel:
+        """What another artifact says, on the same backend: its manifest, report and selected point.
+
+        Engines that are made already are kept if its files are those of this one.
+
+        Args:
+            artifact: Mostly this one with something added or changed.
+            notes: Instead of these.
+        """
+        same_files = artifact.files == self._engines.artifact.files
+        return CompiledModel(
+            artifact,
+            self.backend,
+            check_finite=self._check_finite,
+            notes=self.notes if notes is None else notes,
+            engines=self._engines if same_files else None,
+        )
+
     def forced(self, exit_name: str) -> CompiledModel:
         """The same program with every row sent to one exit: for parity checks and timing.
 
@@ -338,23 +317,34 @@ class CompiledModel:
         return (value,) if self._structure.kind == "tuple" else value
 
     def explain(self) -> str:
-        """What the compiler kept and pruned, and why, as text."""
+        """What the compiler kept and pruned, and why, as text.
+
+        Where this operating point is not the one that was measured and certified, it says so.
+        """
         from exitcompiler.runtime.explain import explain
 
-        return explain(self.artifact.report)
+        return explain(self.artifact.report, self._point)
 
     def report(self, path: str | PathLike[str]) -> None:
         """Write the report as one self-contained HTML file.
 
+        Where this operating point is not the one that was measured and certified, it says so.
+
         Args:
             path: Where to.
+
+        Raises:
+            InputError: The file cannot be written.
+            ExitCompilerError: jinja2 or matplotlib is not installed.
         """
         from exitcompiler.report import write_report
 
-        write_report(self.artifact.report, self._point.control_flow, path)
+        write_report(self.artifact.report, self._point.control_flow, path, point=self._point)
 
     def save(self, path: str | PathLike[str], *, torch: bool = False, overwrite: bool = True) -> None:
         """Write the artifact, with this operating point selected. An old one stays whole until the end.
+
+        A certificate is one of an operating point: with another one selected the manifest has none.
 
         Args:
             path: A folder to make; ending in ``.zip``: one zip file.
@@ -363,12 +353,17 @@ class CompiledModel:
 
         Raises:
             ArtifactError: It cannot be written, or the path holds something else.
+            LoweringError: With ``torch``: a block holds what such a graph cannot.
         """
         from exitcompiler.artifact import save_artifact
 
         if self._forced is not None:
             raise ArtifactError("a program forced to one exit cannot be saved", where="save")
-        manifest = replace(self.manifest, selected=self._index)
+        certificate = self.manifest.certificate
+        selected = self.manifest.operating_points[self.manifest.selected].name
+        if certificate is not None and certificate.get("point", selected) != self._point.name:
+            certificate = None
+        manifest = replace(self.manifest, selected=self._index, certificate=certificate)
         save_artifact(replace(self.artifact, manifest=manifest), path, torch=torch, overwrite=overwrite)
 
     def __repr__(self) -> str:

@@ -1,7 +1,8 @@
-"""Why a compiled program is what it is, in plain text, from its report alone.
+"""Why a compiled program is what it is, in plain text, from its report.
 
 The report is the JSON-able dict that ``compile`` makes and ``save`` writes as ``report.json``. Every key
-of it may be missing: what is there is shown.
+of it may be missing: what is there is shown. What was measured and certified is one operating point;
+where another one is selected, the text says whose the figures are, and gives that one's estimates.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from exitcompiler.runtime.manifest import OperatingPoint
+
 __all__ = [
     "certificate_sentence",
     "explain",
@@ -17,6 +20,7 @@ __all__ = [
     "format_share",
     "format_text_table",
     "headline",
+    "measured_point",
     "points_to_list",
     "reason_text",
     "runs_sentence",
@@ -27,11 +31,12 @@ _WIDTH = 98
 _MOST_POINTS = 10
 
 
-def explain(report: Mapping[str, Any]) -> str:
+def explain(report: Mapping[str, Any], point: OperatingPoint | None = None) -> str:
     """Say what was chosen and why: per exit kept or pruned, the frontier, the certificate.
 
     Args:
         report: The report of a compiled program.
+        point: The operating point that is selected; None: the one that was measured.
 
     Returns:
         Lines of at most 98 columns, without a newline at the end.
@@ -40,20 +45,39 @@ def explain(report: Mapping[str, Any]) -> str:
         TypeError: A value of the report has another type than the schema says.
     """
     sections = (
-        _wrap(headline(report)),
-        _facts(report),
-        _exits(_list(report, "exits")),
-        _frontier(_list(report, "frontier")),
+        _wrap(headline(report, point)),
+        _facts(report, point),
+        _exits(_list(report, "exits"), measured_point(report, point)),
+        _frontier(_list(report, "frontier"), point),
         _baselines(report),
-        _section("Certificate", certificate_sentence(_dict(report, "certificate"))),
+        _certificate(report, point),
         _rounds(_list(report, "rounds")),
         _notes(_list(report, "notes")),
     )
     return "\n\n".join(section for section in sections if section)
 
 
-def headline(report: Mapping[str, Any]) -> str:
+def measured_point(report: Mapping[str, Any], point: OperatingPoint | None) -> str | None:
+    """The operating point whose latency, exits and certificate the report gives, if it is not ``point``.
+
+    Args:
+        report: The report of a compiled program.
+        point: The operating point that is selected.
+
+    Returns:
+        Its name; None if it is ``point``, if no point is selected, or if nothing was measured.
+    """
+    name = _dict(report, "latency").get("point") or _dict(report, "certificate").get("point")
+    name = name or _chosen(report).get("name")
+    return None if point is None or name in (None, point.name) else str(name)
+
+
+def headline(report: Mapping[str, Any], point: OperatingPoint | None = None) -> str:
     """One sentence: what the compilation came to.
+
+    Args:
+        report: The report of a compiled program.
+        point: The operating point that is selected; None: the one that was measured.
 
     Raises:
         TypeError: A value of the report has another type than the schema says.
@@ -61,6 +85,9 @@ def headline(report: Mapping[str, Any]) -> str:
     name = _dict(report, "model").get("name") or "model"
     if report.get("refused"):
         return f"{name}: no exits were added, the plain network is returned. {_sentence(report['refused'])}"
+    measured = measured_point(report, point)
+    if point is not None and measured is not None:
+        return f"{name}: operating point {point.name}; the point that was measured is {measured}."
     exits = _list(report, "exits")
     kept = [exit["name"] for exit in exits if exit.get("kept")]
     text = f"{name}: {_count(len(kept), 'exit')} kept"
@@ -180,8 +207,11 @@ def format_text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> l
     return lines
 
 
-def _facts(report: Mapping[str, Any]) -> str:
+def _facts(report: Mapping[str, Any], point: OperatingPoint | None) -> str:
     lines = []
+    measured = measured_point(report, point)
+    if point is not None and measured is not None:
+        lines.append(("Selected", _estimate_text(point)))
     chosen, latency, rows = _chosen(report), _dict(report, "latency"), _dict(report, "rows")
     if chosen:
         text = str(chosen.get("name", "the chosen point"))
@@ -197,10 +227,12 @@ def _facts(report: Mapping[str, Any]) -> str:
             text += f" against {format_duration(plain['mean_ms'])} for the whole network"
         if program.get("p99_ms") is not None and plain.get("p99_ms") is not None:
             text += f" (p99 {format_duration(program['p99_ms'])} against {format_duration(plain['p99_ms'])})"
+        if measured is not None:
+            text = f"of {measured}: {text}"
         lines.append(("Latency", text))
     runs = runs_sentence(report)
     if runs:
-        lines.append(("Runs", runs))
+        lines.append(("Runs" if measured is None else "Measured", runs))
     if rows:
         lines.append(
             ("Rows", ", ".join(f"{count} to {use}" for use, count in rows.items() if count is not None))
@@ -208,11 +240,31 @@ def _facts(report: Mapping[str, Any]) -> str:
     return "\n".join(_wrap(text, first=f"  {label:<9}", rest=" " * 11) for label, text in lines)
 
 
-def _exits(exits: Sequence[Mapping[str, Any]]) -> str:
+def _estimate_text(point: OperatingPoint) -> str:
+    estimate = point.estimate
+    rates = taken_exits({"exit_rates": estimate.exit_rates})
+    return (
+        f"{point.name}, as estimated: accuracy {format_share(estimate.accuracy)}, drop "
+        f"{_points(estimate.accuracy_drop)}, excess error {format_share(estimate.excess_error)}, mean "
+        f"{format_duration(estimate.mean_latency_ms)}; rows leave at "
+        + ", ".join(f"{name} {format_share(rate)}" for name, rate in rates.items())
+    )
+
+
+def _certificate(report: Mapping[str, Any], point: OperatingPoint | None) -> str:
+    certificate = _dict(report, "certificate")
+    text = certificate_sentence(certificate)
+    measured = certificate.get("point") or _chosen(report).get("name")
+    if not text or point is None or measured in (None, point.name):
+        return _section("Certificate", text)
+    return _section(f"Certificate of {measured}, not of {point.name}", text)
+
+
+def _exits(exits: Sequence[Mapping[str, Any]], measured: str | None) -> str:
     if not exits:
         return ""
     width = max(len(str(exit.get("name"))) for exit in exits)
-    lines = ["Exits"]
+    lines = ["Exits" if measured is None else f"Exits, as they are at {measured}"]
     for exit in exits:
         verdict = "kept  " if exit.get("kept") else "pruned"
         first = f"  {exit.get('name')!s:<{width}}  {verdict}  "
@@ -241,23 +293,26 @@ def _exit_text(exit: Mapping[str, Any]) -> str:
     return f"{text}. {reason}" if text and reason else f"{text}{reason}"
 
 
-def _frontier(points: Sequence[Mapping[str, Any]]) -> str:
+def _frontier(points: Sequence[Mapping[str, Any]], selected: OperatingPoint | None) -> str:
     if not points:
         return ""
     rows = []
+    chosen = next((point.get("name") for point in points if point.get("chosen")), None)
+    # Told apart only where they are different points.
+    running = None if selected is None or selected.name == chosen else selected.name
     for point in points_to_list(points):
         rates = ", ".join(f"{name} {100 * rate:.0f}" for name, rate in taken_exits(point).items())
+        mark = "*" if point.get("chosen") else "+" if point.get("shipped") else " "
         rows.append((
-            f"{'*' if point.get('chosen') else '+' if point.get('shipped') else ' '} {point.get('name', '')}",
+            f"{'>' if running and point.get('name') == running else mark} {point.get('name', '')}",
             _or_dash(point.get("accuracy"), format_share),
             _or_dash(point.get("accuracy_drop"), _points),
             _or_dash(point.get("mean_latency_ms"), format_duration),
             _or_dash(point.get("speedup"), lambda ratio: f"{ratio:.2f}x"),
             rates,
         ))  # fmt: skip
-    lines = [
-        f"Frontier, {len(points)} points, as estimated  (* chosen, + in the artifact; exits in % of the rows)"
-    ]
+    marks = "* chosen, + in the artifact" + ("" if running is None else ", > selected")
+    lines = [f"Frontier, {len(points)} points, estimated  ({marks}; exits in % of the rows)"]
     table = format_text_table(("  point", "accuracy", "drop", "mean", "speed-up"), [row[:5] for row in rows])
     lines.append(table[0] + "  exits")
     for line, row in zip(table[1:], rows, strict=True):

@@ -9,7 +9,7 @@ from exitcompiler.errors import BackendUnavailableError
 from exitcompiler.runtime.artifact_files import read_artifact
 from exitcompiler.runtime.backends import BACKENDS, Backend, available_backends, create_backend
 from exitcompiler.runtime.compiled import CompiledModel
-from exitcompiler.runtime.manifest import Artifact
+from exitcompiler.runtime.manifest import Artifact, with_torch_graphs
 
 __all__ = ["load", "open_artifact"]
 
@@ -67,6 +67,8 @@ def open_artifact(
         notes.append(f"the gates were learned at {manifest.precision}, running at {precision}")
     for note in notes:
         _log.log(logging.WARNING if backend == "auto" else logging.INFO, "%s", note)
+    if engine_backend.name == "torch":
+        artifact = with_torch_graphs(artifact)
     return CompiledModel(artifact, engine_backend, check_finite=check_finite, notes=notes)
 
 

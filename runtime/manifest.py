@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -21,7 +21,9 @@ __all__ = [
     "Manifest",
     "OperatingPoint",
     "block_path",
+    "has_torch_graphs",
     "torch_paths",
+    "with_torch_graphs",
 ]
 
 SCHEMA_VERSION: Final = 1
@@ -105,7 +107,8 @@ class Manifest:
         selected: Index of the point that runs.
         plain: Index of the untouched backbone, a program of one block.
         one_file: Index of the point that ``model.onnx`` holds; None: there is no such file.
-        certificate: The finite-sample bound on the accuracy drop, if there is one.
+        certificate: The finite-sample bound on the accuracy drop of the selected point, if there is one;
+            ``"point"`` is its name.
         environment: Versions and machine, as found when compiling.
         files: Path in the artifact -> hash and size; filled in when it is saved.
         extensions: What later versions add; kept as it is, never interpreted here.
@@ -136,11 +139,14 @@ class Artifact:
         manifest: What it is.
         files: Path in the artifact (``blocks/<sha256>.onnx``, ``model.onnx``, ...) -> content.
         report: What the compiler found out; ``explain`` and the HTML report are drawn from it.
+        add_torch_graphs: Gives the same artifact with the torch graphs of its blocks, which are made only
+            when asked for, as they take as much memory as the models; None where it was not just compiled.
     """
 
     manifest: Manifest
     files: Mapping[str, bytes]
     report: Mapping[str, Json] = field(default_factory=dict)
+    add_torch_graphs: Callable[[Artifact], Artifact] | None = field(default=None, compare=False, repr=False)
 
 
 def block_path(file: str) -> str:
@@ -151,3 +157,19 @@ def block_path(file: str) -> str:
 def torch_paths(stem: str) -> tuple[str, str]:
     """Where a block's graph and its weights for the torch backend lie in the artifact."""
     return f"torch/{stem}.json", f"torch/{stem}.safetensors"
+
+
+def with_torch_graphs(artifact: Artifact) -> Artifact:
+    """The artifact with the torch graphs of its blocks; as it is if it has them, or has no way to them.
+
+    Raises:
+        LoweringError: The graph of a block cannot be written; names the node.
+    """
+    if artifact.add_torch_graphs is None or has_torch_graphs(artifact.manifest):
+        return artifact
+    return artifact.add_torch_graphs(artifact)
+
+
+def has_torch_graphs(manifest: Manifest) -> bool:
+    """Whether every block that needs an engine has a torch graph, at every operating point."""
+    return all(point.files.keys() <= point.torch_files.keys() for point in manifest.operating_points)

@@ -1,10 +1,10 @@
 """ONNX Runtime on the CPU: fp32, inputs and outputs bound once.
 
 Threads: with one thread a session has no pool. With more, every session has a pool of its own whose
-idle workers spin, and several sessions run in turn would fight (four blocks at two threads: four times
-slower than one). So spinning is stopped when a call ends. An application that owns its process can
-instead call `share_thread_pool` first, for one pool under all sessions: a little faster still, but from
-then on ONNX Runtime refuses every session with a pool of its own in that process, whoever makes it.
+idle workers would spin, and so take cores from the session of the block that runs next (a figure for it
+is in docs/backends.md). So workers sleep when they are idle. An application that owns its process can
+instead call `share_thread_pool` first, for one pool under all sessions: as fast or a little faster, but
+from then on ONNX Runtime refuses every session with a pool of its own in that process, whoever makes it.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _session_options(threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if threads > 1:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 

@@ -73,8 +73,9 @@ class OpenVinoBackend:
         """See `Backend.load`."""
         try:
             network = self._core.read_model(model=model, weights=b"")
+            used = _used(signature.inputs, network.inputs)
             for kind, specs, ports in (
-                ("input", signature.inputs, network.inputs),
+                ("input", used, network.inputs),
                 ("output", signature.outputs, network.outputs),
             ):
                 _require_ports(kind, specs, ports)
@@ -82,7 +83,7 @@ class OpenVinoBackend:
                 network.reshape(
                     {
                         name: [static_batch, *spec.shape[1:]] if spec.batch_axis == 0 else list(spec.shape)
-                        for name, spec in signature.inputs.items()
+                        for name, spec in used.items()
                     }
                 )
             compiled = self._core.compile_model(network, "CPU", self._config)
@@ -112,6 +113,12 @@ def _require_ports(kind: str, specs: Mapping[str, ValueSpec], ports: Sequence[An
     require_signature(_NAME, found, expected, kind)
 
 
+def _used(specs: Mapping[str, ValueSpec], ports: Sequence[Any]) -> dict[str, ValueSpec]:
+    """The inputs that the model has: OpenVINO drops those that nothing in the block reads."""
+    names = set().union(*(port.get_names() for port in ports))
+    return {name: spec for name, spec in specs.items() if name in names}
+
+
 def _port_name(port: Any, specs: Mapping[str, ValueSpec]) -> str:
     """Which of our names a port has; optimisations may have given it more than one."""
     names = port.get_names()
@@ -122,7 +129,10 @@ class _OpenVinoEngine:
     def __init__(self, compiled: ov.CompiledModel, signature: EngineSignature) -> None:
         self.signature = signature
         self._compiled = compiled
-        self._inputs = _positions(signature.inputs, compiled.inputs)
+        used = _used(signature.inputs, compiled.inputs)
+        # (place among the signature's inputs, place among the model's)
+        places = [i for i, name in enumerate(signature.inputs) if name in used]
+        self._inputs = list(zip(places, _positions(used, compiled.inputs), strict=True))
         self._outputs = _positions(signature.outputs, compiled.outputs)
         self._own = self.runner()
 
@@ -131,18 +141,19 @@ class _OpenVinoEngine:
 
     def runner(self) -> Callable[[Sequence[Array]], Sequence[Array]]:
         request = self._compiled.create_infer_request()
-        positions, outputs = self._inputs, self._outputs
+        places, outputs = self._inputs, self._outputs
 
         def call(inputs: Sequence[Array]) -> list[Array]:
-            request.infer(dict(zip(positions, inputs, strict=True)), share_inputs=True, share_outputs=True)
+            given = {position: inputs[place] for place, position in places}
+            request.infer(given, share_inputs=True, share_outputs=True)
             return [request.get_output_tensor(i).data for i in outputs]
 
         return call
 
     def bind(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> Callable[[], object]:
         request = self._compiled.create_infer_request()
-        for position, array in zip(self._inputs, inputs, strict=True):
-            request.set_input_tensor(position, ov.Tensor(array, shared_memory=True))
+        for place, position in self._inputs:
+            request.set_input_tensor(position, ov.Tensor(inputs[place], shared_memory=True))
         for position, array in zip(self._outputs, outputs, strict=True):
             request.set_output_tensor(position, ov.Tensor(array, shared_memory=True))
         return partial(request.infer, share_outputs=True)

@@ -21,30 +21,37 @@ def measure_interleaved(
     repeats: int,
     warmup: int = 3,
     seed: int = 0,
+    limit_s: float | None = None,
+    minimum: int = 30,
+    clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, NDArray[np.float64]]:
     """Time several callables on the same inputs, turn by turn, in a new random order each turn.
 
     Args:
         candidates: Name -> what to time.
         inputs: Argument tuples; turn ``i`` uses entry ``i % len(inputs)``. An empty tuple calls without.
-        repeats: Timed turns.
+        repeats: Timed turns, at most.
         warmup: Untimed turns before.
         seed: Of the order.
+        limit_s: Stop after the turn in which this many seconds have passed, warm-up included; None: never.
+        minimum: But not before this many timed turns.
+        clock: Nanoseconds, rising.
 
     Returns:
-        Name -> microseconds per turn, ``float64[repeats]``; entry ``i`` of all is the same turn, so
-        ratios are paired.
+        Name -> microseconds per turn, ``float64[turns]``, where ``turns`` is ``repeats`` or, at the time
+        limit, fewer; entry ``i`` of all is the same turn, so ratios are paired.
 
     Raises:
-        InputError: Nothing to time, or ``repeats`` is not positive.
+        InputError: Nothing to time, or ``repeats`` or ``minimum`` is not positive.
     """
-    if not candidates or not inputs or repeats < 1:
+    if not candidates or not inputs or repeats < 1 or minimum < 1:
         raise InputError("nothing to time", where="measure_interleaved")
     names = list(candidates)
     calls = list(candidates.values())
     rng = np.random.default_rng(seed)
     samples_us = np.empty((len(calls), repeats))
-    clock = time.perf_counter_ns
+    turns = 0
+    began = clock()
     for turn in range(-warmup, repeats):
         arguments = inputs[turn % len(inputs)]
         for which in rng.permutation(len(calls)).tolist():
@@ -54,4 +61,7 @@ def measure_interleaved(
             elapsed_us = (clock() - start) / 1e3
             if turn >= 0:
                 samples_us[which, turn] = elapsed_us
-    return dict(zip(names, samples_us, strict=True))
+        turns = turn + 1
+        if limit_s is not None and turns >= minimum and clock() - began >= 1e9 * limit_s:
+            break
+    return dict(zip(names, samples_us[:, :turns], strict=True))

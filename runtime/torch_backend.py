@@ -32,7 +32,12 @@ _NAME = "torch"
 
 
 class TorchBackend:
-    """Engines that run a block's graph in torch, in eval mode and without gradients."""
+    """Engines that run a block's graph in torch, in eval mode and without gradients.
+
+    Torch has one thread count per process: every call sets it to ``threads`` and puts it back at its end.
+    Torch work in other Python threads meanwhile runs with this count too, and calls with different counts
+    at the same time may leave either of them behind.
+    """
 
     name = _NAME
     specialises = False
@@ -85,7 +90,8 @@ def torch_engine(block: BlockInterface, body: Body, *, threads: int | None = Non
     Args:
         block: Tells the signature and what the gate reads.
         body: Params to results, as tensors.
-        threads: Torch threads during a call; None: as they are.
+        threads: Torch threads during a call, set for the whole process and then put back; None: as they
+            are.
     """
     return _TorchEngine(block, body, threads)
 

@@ -14,8 +14,9 @@ from exitcompiler.controlflow import (
     Return,
     ValueSpec,
 )
+from exitcompiler.runtime.manifest import Estimate, OperatingPoint
 
-__all__ = ["sample_control_flow", "sample_report"]
+__all__ = ["other_point", "sample_control_flow", "sample_report"]
 
 
 def sample_report() -> dict[str, Any]:
@@ -118,6 +119,7 @@ def sample_report() -> dict[str, Any]:
             "oracle": [{"accuracy_drop": -0.02, "mean_latency_ms": 0.5}],
         },
         "certificate": {
+            "point": "point-1",
             "confidence": 0.95,
             "bound": 0.0178,
             "errors": 18,
@@ -126,6 +128,7 @@ def sample_report() -> dict[str, Any]:
             "rows_needed": None,
         },
         "latency": {
+            "point": "point-1",
             "program": {"mean_ms": 0.752, "p50_ms": 0.7, "p99_ms": 1.31},
             "plain": {"mean_ms": 1.151, "p50_ms": 1.14, "p99_ms": 1.28},
             "speedup": {"value": 1.53, "lower": 1.5, "upper": 1.56},
@@ -178,3 +181,9 @@ def sample_control_flow() -> ControlFlow:
             BlockInterface("b2", {"h": features}, {"l2": logits}, Return(("l2",), "backbone")),
         ),
     )
+
+
+def other_point(name: str = "point-2") -> OperatingPoint:
+    """An operating point of ``sample_report`` that is not the one that was measured."""
+    rates = {"layer1.8": 0.7, "layer2.6": 0.0, "backbone": 0.3}
+    return OperatingPoint(name, sample_control_flow(), {}, Estimate(0.9, 0.038, 0.045, 0.55, rates))

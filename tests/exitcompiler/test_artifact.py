@@ -22,7 +22,7 @@ import pytest
 from onnx_programs import artifact_of, chain, plain, random_rows
 
 from exitcompiler import artifact as saving
-from exitcompiler.artifact import save_artifact
+from exitcompiler.artifact import require_replaceable, save_artifact
 from exitcompiler.errors import ArtifactError
 from exitcompiler.runtime.artifact_files import previous_path, read_artifact
 from exitcompiler.runtime.loading import load, open_artifact
@@ -93,14 +93,40 @@ def test_torch_graphs_are_written_on_request(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_torch_graphs_are_made_when_they_are_asked_for(tmp_path: Path) -> None:
+    calls: list[Artifact] = []
+
+    def add(artifact: Artifact) -> Artifact:
+        calls.append(artifact)
+        return with_torch(artifact)
+
+    content = replace(OLD, add_torch_graphs=add)
+    save_artifact(content, tmp_path / "without")
+    assert calls == []
+    save_artifact(content, tmp_path / "with", torch=True)
+    assert calls == [content]
+    assert read_artifact(tmp_path / "with").files == with_torch(OLD).files
+    save_artifact(replace(with_torch(OLD), add_torch_graphs=add), tmp_path / "with", torch=True)
+    assert len(calls) == 1
+
+
+def test_places_that_can_be_saved_to(tmp_path: Path) -> None:
+    require_replaceable(tmp_path / "new")
+    save_artifact(OLD, tmp_path / "old")
+    require_replaceable(tmp_path / "old")
+    with pytest.raises(ArtifactError, match="there already"):
+        require_replaceable(tmp_path / "old", overwrite=False)
+
+
 def test_what_is_not_ours_is_not_replaced(tmp_path: Path) -> None:
     folder, file = tmp_path / "photos", tmp_path / "notes.txt"
     folder.mkdir()
     (folder / "cat.jpg").write_bytes(b"meow")
     file.write_text("hello")
     for path in (folder, file):
-        with pytest.raises(ArtifactError, match="not an artifact, so it is not replaced"):
-            save_artifact(OLD, path)
+        for attempt in (lambda p: save_artifact(OLD, p), require_replaceable):
+            with pytest.raises(ArtifactError, match="not an artifact, so it is not replaced"):
+                attempt(path)
     assert (folder / "cat.jpg").read_bytes() == b"meow"
     assert file.read_text() == "hello"
     (tmp_path / "empty").mkdir()

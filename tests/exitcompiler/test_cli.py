@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from exitcompiler.benchmarking import answer_rows, benchmark, logits_of
 from exitcompiler.cli import app
 from exitcompiler.controlflow import OutputStructure
 from exitcompiler.errors import CalibrationError
+from exitcompiler.runtime.artifact_files import read_artifact
 from exitcompiler.runtime.manifest import (
     MODEL_FILE,
     Artifact,
@@ -52,7 +54,7 @@ def artifact(tmp_path: Path) -> Path:
     contents = {block.name: f"model of {block.name}".encode() for block in flow.blocks}
     files = {name: f"{hashlib.sha256(content).hexdigest()}.onnx" for name, content in contents.items()}
     rates = {"layer1.8": 0.31, "layer2.6": 0.42, "backbone": 0.27}
-    point = OperatingPoint("chosen", flow, files, Estimate(0.93, 0.008, 0.012, 0.75, rates))
+    point = OperatingPoint("point-1", flow, files, Estimate(0.93, 0.008, 0.012, 0.75, rates))
     manifest = Manifest(
         flow.inputs,
         flow.outputs,
@@ -147,7 +149,7 @@ def test_inspect_needs_no_backend(artifact: Path) -> None:
     assert figures["report"] == sample_report()
     text = call("inspect", artifact).stdout
     assert "resnet56: 2 exits kept of 3 tried" in text
-    assert "chosen *" in text
+    assert "point-1 *" in text
 
 
 def test_report_writes_the_page_with_the_drawing(artifact: Path, tmp_path: Path) -> None:
@@ -181,6 +183,47 @@ def test_errors_are_one_message_with_the_remedy_and_exit_code_1(tmp_path: Path, 
         assert result.stdout == ""
         assert result.stderr.startswith("error: ")
         assert "Traceback" not in result.stderr
+
+
+def test_a_place_where_nothing_can_be_saved_is_found_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
+) -> None:
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("the work was done first")
+
+    monkeypatch.setattr("exitcompiler.data_sources.load_model", never)
+    monkeypatch.setattr("exitcompiler.runtime.artifact_files.read_artifact", never)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").write_bytes(b"meow")
+    arguments = ("compile", "torch:Tensor", "--calib", data, "-o")
+    assert "not an artifact, so it is not replaced" in call(*arguments, photos).stderr
+    assert "folder does not exist" in call(*arguments, tmp_path / "none" / "out").stderr
+    nowhere = call("run", "model.exit", "--data", data, "-o", tmp_path / "none" / "answers.npz")
+    assert nowhere.exit_code == 1
+    assert nowhere.stderr.startswith("error: output ")
+    assert "folder does not exist" in nowhere.stderr
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "folder is not writable" in call(*arguments, tmp_path / "out").stderr
+
+
+def test_answers_that_cannot_be_written_are_a_clean_error(
+    loaded: FakeCompiled, data: Path, tmp_path: Path
+) -> None:
+    result = call("run", "model.exit", "--data", data, "-o", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "cannot be written" in result.stderr
+
+
+def test_inspect_and_report_are_of_the_selected_point(artifact: Path, tmp_path: Path) -> None:
+    read = read_artifact(artifact)
+    (point,) = read.manifest.operating_points
+    other = replace(read.manifest, operating_points=(replace(point, name="point-2"),))
+    save_artifact(replace(read, manifest=other), artifact)
+    assert "Certificate of point-1, not of point-2" in call("inspect", artifact).stdout
+    assert call("report", artifact, "-o", tmp_path / "page.html").exit_code == 0
+    assert "not of point-2" in (tmp_path / "page.html").read_text()
 
 
 def test_debug_keeps_the_traceback(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from trained import SmallResNet, stripes, trained_network
 
 import exitcompiler
+from exitcompiler import compiler
 from exitcompiler.compiler import Details, compile_in_detail
 from exitcompiler.errors import (
     BackendUnavailableError,
@@ -31,7 +33,9 @@ BACKENDS = ("onnxruntime", "openvino", "torch")
 @functools.cache
 def compiled_details(backend: str) -> Details:
     settings = Settings(0.02, backend=backend, threads=1, max_exits=2, recipe=RECIPE)
-    return compile_in_detail(trained_network(), stripes(1500, seed=2), stripes(1500, seed=3), settings)
+    # Whether exits pay on this machine today is not what is tested.
+    with mock.patch.object(compiler, "WORTHWHILE", 0.0):
+        return compile_in_detail(trained_network(), stripes(1500, seed=2), stripes(1500, seed=3), settings)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -61,12 +65,12 @@ def test_the_program_leaves_early_and_keeps_the_accuracy() -> None:
     compiled = compiled_details("onnxruntime").compiled
     x, y = stripes(2000, seed=6)
     result = compiled.run(x)
-    assert len(compiled.exits) >= 1
     assert (result.exit_index < len(compiled.exits)).all()
+    assert compiled.exits[0] != "backbone"
+    assert (result.exit_index == 0).mean() > 0.2
     plain = compiled.plain(x).argmax(axis=1)
     assert (plain == y).mean() - (result.outputs.argmax(axis=1) == y).mean() < 0.05
     assert result.confidence.min() > 1 / 4
-    assert compiled.exits[-1] == "backbone" or compiled.artifact.report["refused"] is None
 
 
 def test_the_model_is_not_changed() -> None:
@@ -174,6 +178,18 @@ def test_a_network_too_small_for_exits_is_refused_and_still_answers() -> None:
     assert compiled.artifact.report["refused"]
     assert "no exits were added" in compiled.explain()
     np.testing.assert_allclose(compiled(x[:5]), model(torch.from_numpy(x[:5])).detach().numpy(), atol=1e-5)
+
+
+def test_exits_that_do_not_pay_are_refused_with_the_measured_figure() -> None:
+    settings = Settings(0.02, backend="onnxruntime", threads=1, max_exits=2, recipe=RECIPE)
+    with mock.patch.object(compiler, "WORTHWHILE", 1e6):
+        details = compile_in_detail(trained_network(), stripes(600, seed=2), stripes(600, seed=3), settings)
+    report = details.compiled.artifact.report
+    assert "measured speed-up" in report["refused"] or "no exit pays" in report["refused"]
+    assert details.compiled.exits == ("backbone",)
+    assert [point.name for point in details.compiled.operating_points] == ["plain"]
+    assert [entry["name"] for entry in report["frontier"] if entry["chosen"]] == ["plain"]
+    assert 0.5 < details.compiled.operating_point.estimate.accuracy < 1.0
 
 
 class _BatchMean(torch.nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exitcompiler.calibration import peek, require_rows
 from exitcompiler.data import Rows, TrainingData, read_rows, read_training_data, split_rows
 from exitcompiler.errors import CalibrationError
+from exitcompiler.model_interface import as_tensors
 
 X = np.arange(40, dtype=np.float32).reshape(10, 4)
 Y = np.arange(10) % 3
@@ -47,6 +51,80 @@ def test_inputs_alone_have_no_labels(data: object) -> None:
     assert len(rows) == 10
 
 
+@pytest.mark.parametrize(
+    "x", [X[:, ::-1], X.astype(">f4"), X[::-1]], ids=["columns reversed", "big-endian", "rows reversed"]
+)
+def test_arrays_that_torch_cannot_share_are_copied(x: np.ndarray) -> None:
+    rows = read_rows((x, Y), ["x"], minimum=1)
+    np.testing.assert_array_equal(rows.inputs["x"].numpy(), x)
+    np.testing.assert_array_equal(as_tensors(x, ["x"])["x"].numpy(), x)
+
+
+def test_an_example_of_strings_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="input 'x': an array of dtype <U1"):
+        as_tensors(np.array(["a", "b"]), ["x"])
+
+
+@pytest.mark.parametrize(
+    ("data", "example"),
+    [
+        ((X, Y), X[:8]),
+        ([X, Y], X[:8]),
+        (({"x": X}, Y), {"x": X[:8]}),
+        (((X, X), Y), (X[:8], X[:8])),
+        ({"x": X}, {"x": X[:8]}),
+        ([(X[:6], Y[:6]), (X[6:], Y[6:])], X[:6]),
+        (((X[:6], Y[:6]), (X[6:], Y[6:])), X[:6]),
+        ([X[:5], X[5:]], X[:5]),
+        (iter([({"x": X}, list(Y))]), {"x": X[:8]}),
+    ],
+)
+def test_a_peek_sees_the_inputs_that_reading_will_see(data: object, example: Any) -> None:
+    whole, seen = peek(data)
+    assert type(seen) is type(example)
+    assert str(seen) == str(example)
+    rows = read_rows(whole, ["x"] if not isinstance(example, tuple) else ["x", "z"], minimum=1)
+    assert len(rows) == 10
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"x": 3}, "int is no array"),
+        ([{"x": 3}], "int is no array"),
+        (np.float32(3), "no data|no array"),
+        (torch.tensor(3.0), "no array"),
+        ("text", "no data"),
+        (3, "no data"),
+        (iter(()), "no data"),
+        ([3], "int is no array"),
+    ],
+)
+def test_a_peek_at_what_is_no_data_says_so(data: object, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        peek(data)
+
+
+@pytest.mark.parametrize(("with_training", "fit"), [(False, 0.4), (True, 0.0)])
+@pytest.mark.parametrize("batch_size", [1, 64, 500])
+def test_the_number_of_rows_asked_for_is_enough(with_training: bool, fit: float, batch_size: int) -> None:
+    small = split_rows(120, fit=fit, certify=0.2, seed=0)
+    with pytest.raises(CalibrationError, match="120 rows are too few") as caught:
+        require_rows(small, with_training=with_training, batch_size=batch_size)
+    found = re.search(r"at least (\d+) rows", caught.value.remedy or "")
+    assert found
+    enough = split_rows(int(found[1]), fit=fit, certify=0.2, seed=0)
+    require_rows(enough, with_training=with_training, batch_size=batch_size)
+
+
+def test_only_the_part_that_is_too_small_is_named() -> None:
+    split = split_rows(1000, fit=0.4, certify=0.2, seed=0)
+    require_rows(split, with_training=False, batch_size=200)
+    with pytest.raises(CalibrationError, match="200 to certify, 201 are needed") as caught:
+        require_rows(split, with_training=False, batch_size=201)
+    assert "learn gates" not in caught.value.what
+
+
 def test_several_inputs_by_name_or_in_order() -> None:
     mask = np.ones((10, 2), np.int64)
     for inputs in ({"x": X, "mask": mask}, {"mask": mask, "x": X}, (X, mask)):
@@ -65,6 +143,11 @@ def test_several_inputs_by_name_or_in_order() -> None:
         ([(X, Y[:-1])], "one per row"),
         ([({"x": X, "y": X[:4]}, Y)], "the model takes|different numbers"),
         ([], "no rows"),
+        ((X.astype(str), Y), "dtype <U32 is not data"),
+        ((X.astype(object), Y), "dtype object is not data"),
+        ({"x": 3}, "cannot read"),
+        ((X, Y.astype(str)), "whole class numbers"),
+        ([(X, [[0], [1, 2]])], "labels cannot be read|shape"),
     ],
 )
 def test_what_cannot_be_read_is_named(data: object, message: str) -> None:

@@ -91,6 +91,16 @@ def test_a_fitted_point_sits_just_within_its_limit(frontier: Frontier) -> None:
     assert timed.accuracy_drop <= frontier.select(latency_budget_us=budget_us).accuracy_drop + 1e-12
 
 
+@given(share=st.floats(0.0, 1.0))
+@settings(max_examples=15, deadline=None)
+def test_what_is_fitted_to_a_limit_is_within_it_to_the_last_digit(frontier: Frontier, share: float) -> None:
+    limit = float(frontier.drops[-1] + share * (frontier.drops[0] - frontier.drops[-1]))
+    if limit >= 0.0:
+        assert frontier.fit(max_accuracy_drop=limit).accuracy_drop <= limit
+    budget_us = float(frontier.times_us[0] + share * (frontier.times_us[-1] - frontier.times_us[0]))
+    assert frontier.fit(latency_budget_us=budget_us).mean_us <= budget_us
+
+
 def test_a_limit_beyond_the_sweep_gives_its_fastest_point(frontier: Frontier) -> None:
     assert frontier.fit(max_accuracy_drop=0.99) is frontier.select(max_accuracy_drop=0.99)
 

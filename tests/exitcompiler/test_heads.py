@@ -26,7 +26,7 @@ from exitcompiler.heads import (
     pool,
 )
 from exitcompiler.passes.find_cut_points import find_cut_points
-from exitcompiler.placement import choose_places, probe
+from exitcompiler.placement import PROBE_WIDTH, _Ridge, choose_places, probe
 from exitcompiler.progress import reporting
 from exitcompiler.scores import softmax_confidence
 from exitcompiler.training import FeatureStream, HeadRecipe, train_heads
@@ -112,8 +112,8 @@ def test_training_lowers_the_loss_and_leaves_the_backbone_alone() -> None:
     }
     with reporting(False) as reporter, reporter.step("training") as step:
         train_heads(
-            stream, heads, dict.fromkeys(heads, cut.value), data, rows=600, batches=5,
-            recipe=HeadRecipe(epochs=12), seed=0, step=step,
+            stream, heads, dict.fromkeys(heads, cut.value), data, epochs=12, batches=5,
+            recipe=HeadRecipe(), seed=0, step=step,
         )  # fmt: skip
     x, y = stripes(400, seed=9)
     values = stream({"image": torch.from_numpy(x)})
@@ -134,14 +134,14 @@ def test_training_stops_at_a_loss_that_is_not_finite() -> None:
         pytest.raises(CalibrationError, match="loss"),
     ):
         train_heads(
-            stream, {("a", "linear"): head}, {("a", "linear"): cuts[0].value}, data, rows=600, batches=5,
-            recipe=HeadRecipe(epochs=1), seed=0, step=step,
+            stream, {("a", "linear"): head}, {("a", "linear"): cuts[0].value}, data, epochs=1, batches=5,
+            recipe=HeadRecipe(), seed=0, step=step,
         )  # fmt: skip
 
 
 def test_epochs_follow_the_budget_of_rows() -> None:
     recipe = HeadRecipe(row_budget=1000)
-    assert [recipe.epochs_for(rows) for rows in (10, 100, 100_000)] == [20, 10, 2]
+    assert [recipe.epochs_for(rows) for rows in (10, 100, 100_000)] == [16, 10, 2]
     assert HeadRecipe(epochs=7).epochs_for(10) == 7
 
 
@@ -153,16 +153,74 @@ def test_probes_know_more_the_deeper_they_stand() -> None:
     assert accuracies[-1] > 0.5
 
 
-def test_probes_refuse_labels_out_of_range() -> None:
+def _probe(data: TrainingData, rows: int) -> list[float]:
     stream, cuts, logits, _ = _setup()
-    x, y = stripes(50, seed=3)
-    data = TrainingData(Rows({"image": torch.from_numpy(x)}, y + 9), ("image",))
+    with reporting(False) as reporter, reporter.step("probing") as step:
+        return probe(stream, cuts, data, 4, seed=0, step=step, target=logits, rows=rows)
+
+
+def test_probes_on_sorted_rows_are_judged_on_classes_that_they_were_fitted_on() -> None:
+    x, y = stripes(640, seed=3)
+    order = np.argsort(y, kind="stable")
+    loader = [(x[part], y[part]) for part in np.split(order, 40)]
+    assert _probe(TrainingData(loader, ("image",)), 640)[-1] > 0.5
+
+
+def test_a_loader_that_has_nothing_in_its_second_pass_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="too few rows came"):
+        _probe(TrainingData([], ("image",)), 600)
+
+
+def test_values_that_are_not_finite_are_refused_with_the_name_of_the_cut() -> None:
+    stream, cuts, logits, data = _setup()
+
+    class Broken(FeatureStream):
+        def __call__(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            values = super().__call__(inputs)
+            return {**values, cuts[2].value: values[cuts[2].value] * float("inf")}
+
+    broken = Broken(stream.body, stream.values, stream.reduced)
     with (
         reporting(False) as reporter,
         reporter.step("p") as step,
-        pytest.raises(CalibrationError, match="out of range"),
+        pytest.raises(CalibrationError, match=f"cut '{cuts[2].name}'"),
     ):
-        probe(stream, cuts, data, 4, seed=0, step=step, target=logits, rows=50)
+        probe(broken, cuts, data, 4, seed=0, step=step, target=logits, rows=200)
+
+
+def test_a_probe_on_wide_values_keeps_little_and_still_knows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(1200) % 3
+    features = torch.randn(1200, 5000, generator=generator)
+    for label in range(3):  # each class has features of its own
+        features[labels == label, 500 * label : 500 * (label + 1)] += 1.0
+    ridge = _Ridge("wide", 3, seed=0)
+    ridge.add(features[:900], labels[:900])
+    ridge.hold_out(features[900:], labels[900:])
+    assert ridge._gram is not None
+    assert len(ridge._gram) == PROBE_WIDTH + 1
+    assert ridge.accuracy() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("chance", "accuracy", "knows"),
+    [(0.9, 0.905, False), (0.9, 0.93, True), (0.1, 0.11, False), (0.1, 0.13, True), (0.001, 0.01, True)],
+)
+def test_what_a_probe_has_to_know_follows_chance(chance: float, accuracy: float, knows: bool) -> None:
+    spec = SPECS["vector"]
+    cuts = [CutPoint("a", "a", ("a",), spec, 0.5)]
+    (place,) = choose_places(cuts, [0.5], [accuracy], count=1, chance=chance)
+    assert place.chosen is knows
+
+
+def test_the_head_of_tokens_shrinks_to_its_budget() -> None:
+    for spec in (SPECS["tokens"], ValueSpec(("batch", 2000), "float32")):
+        widest = head_flops(TokenHead(spec, 5), spec)
+        assert head_flops(deep_head(spec, 5, budget_flops=widest), spec) == widest
+        assert head_flops(deep_head(spec, 5, budget_flops=widest / 3), spec) <= widest / 3
+        assert head_flops(deep_head(spec, 5, budget_flops=1), spec) == head_flops(
+            TokenHead(spec, 5, width=16), spec
+        )
 
 
 def test_places_are_spread_over_time_and_every_cut_gets_a_reason() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_report import sample_control_flow, sample_report
+from sample_report import other_point, sample_control_flow, sample_report
 
 from exitcompiler.controlflow import (
     BATCH,
@@ -135,6 +135,26 @@ def test_names_are_escaped_everywhere() -> None:
     checker = _read(render_report(report, flow))
     assert "script" not in checker.tags
     assert any("alert" in text for text in checker.text)
+
+
+def test_figures_of_another_point_are_said_to_be_its() -> None:
+    html = render_report(sample_report(), sample_control_flow(), other_point())
+    text = _text(html)
+    for expected in (
+        "operating point point-2; the point that was measured is point-1",
+        "accuracy 90.0% drop 3.80 points, excess error 4.50%", "mean latency 0.550 ms estimated",
+        "Certificate of point-1, not of point-2", "Measured latency of point-1",
+        "point-1 (chosen)", "point-2 (selected)", "As they are at point-1.", "backbone: 30.0%",
+    ):  # fmt: skip
+        assert expected in text
+    assert "speed-up 1.53x" not in text
+    same = render_report(sample_report(), None, other_point("point-1"))
+    assert _text(same) == _text(render_report(sample_report(), None))
+
+
+def test_the_file_is_of_the_selected_point(tmp_path: Path) -> None:
+    write_report(sample_report(), sample_control_flow(), tmp_path / "page.html", point=other_point())
+    assert "not of point-2" in (tmp_path / "page.html").read_text()
 
 
 def test_a_refusal_is_shown() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -79,6 +81,18 @@ def test_ratio_interval_holds_the_speed_up(statistic: str) -> None:
     slow, fast = generator.normal(3.0, 0.1, 400), generator.normal(2.0, 0.1, 400)
     interval = ratio_interval(slow, fast, statistic=statistic, resamples=300)  # type: ignore[arg-type]
     assert 1.45 < interval.lower < interval.value < interval.upper < 1.55
+
+
+def test_resamples_of_many_rows_take_little_memory() -> None:
+    rows = np.arange(20_000) % 2
+    tracemalloc.start()
+    interval = mean_difference_interval(rows, np.zeros(20_000), resamples=400)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 4e6  # a matrix of all resamples would be 64 MB
+    spread = 1.96 * 0.5 / np.sqrt(20_000)  # the binomial's, by the central limit theorem
+    assert interval.upper - interval.value == pytest.approx(spread, rel=0.25)
+    assert interval.value - interval.lower == pytest.approx(spread, rel=0.25)
 
 
 def test_ratio_needs_positive_paired_numbers() -> None:

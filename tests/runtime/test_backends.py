@@ -184,6 +184,15 @@ def test_openvino_precision_is_what_was_asked_for() -> None:
         assert engine._compiled.get_property("INFERENCE_PRECISION_HINT") == hint  # type: ignore[attr-defined]
 
 
+def test_idle_workers_of_onnxruntime_sessions_do_not_spin() -> None:
+    pytest.importorskip("onnxruntime")
+    from exitcompiler.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+    options = OnnxRuntimeBackend(threads=2)._options
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
+
+
 def test_onnxruntime_sessions_can_share_one_thread_pool() -> None:
     pytest.importorskip("onnxruntime")
     script = """

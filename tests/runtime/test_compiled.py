@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from onnx_programs import (
 
 from exitcompiler.controlflow import BlockInterface, ControlFlow, OutputStructure, Return, ValueSpec
 from exitcompiler.errors import ArtifactError, InputError
+from exitcompiler.runtime.artifact_files import read_artifact
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.runtime.inputs import finite_check, require_finite
 from exitcompiler.runtime.loading import open_artifact
@@ -229,6 +231,41 @@ def test_operating_points_share_engines(artifact: Artifact) -> None:
     other(random_rows(4))
     block = model.operating_point.control_flow.entry
     assert model._engine(block, 1) is other._engine(block, None)
+
+
+def test_another_artifact_of_the_same_files_keeps_the_engines(artifact: Artifact) -> None:
+    model = open_artifact(artifact, "onnxruntime")
+    block = model.operating_point.control_flow.entry
+    engine = model._engine(block, None)
+    manifest = replace(artifact.manifest, selected=2)
+    changed = replace(artifact, manifest=manifest, files=dict(artifact.files), report={"refused": "so"})
+    other = model.with_artifact(changed, notes=["note"])
+    assert (other.operating_point.name, other.notes) == ("point2", ("note",))
+    assert other.artifact is changed
+    again = other.with_artifact(artifact)
+    assert again._engine(block, None) is engine
+    assert again.notes == ("note",)
+    np.testing.assert_array_equal(again(random_rows(3)), model(random_rows(3)))
+    more = replace(artifact, files={**artifact.files, "torch/x.json": b"{}"})
+    assert model.with_artifact(more)._engine(block, None) is not engine
+
+
+def test_the_certificate_is_saved_with_its_own_point_only(artifact: Artifact, tmp_path: Path) -> None:
+    for certificate in ({"bound": 0.02, "point": "point0"}, {"bound": 0.02}):
+        model = open_artifact(replace(artifact, manifest=replace(artifact.manifest, certificate=certificate)))
+        for name, expected in (("point0", certificate), ("point1", None)):
+            model.select(name=name).save(tmp_path / name)
+            assert read_artifact(tmp_path / name).manifest.certificate == expected
+
+
+def test_explain_and_report_are_of_the_point_that_runs(artifact: Artifact, tmp_path: Path) -> None:
+    report = {"certificate": {"bound": 0.02, "point": "point0"}}
+    model = open_artifact(replace(artifact, report=report))
+    assert "not of" not in model.explain()
+    other = model.select(name="point1")
+    assert "Certificate of point0, not of point1" in other.explain()
+    other.report(tmp_path / "page.html")
+    assert "Certificate of point0, not of point1" in (tmp_path / "page.html").read_text()
 
 
 def test_the_plain_backbone(model: CompiledModel) -> None:

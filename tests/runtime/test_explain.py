@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_report import sample_report
+from sample_report import other_point, sample_report
 
 from exitcompiler.runtime.explain import (
     certificate_sentence,
@@ -18,6 +18,7 @@ from exitcompiler.runtime.explain import (
     format_share,
     format_text_table,
     headline,
+    measured_point,
     points_to_list,
     reason_text,
 )
@@ -143,3 +144,53 @@ def test_text_tables_align() -> None:
         "  xyz    1",
         "  x    222",
     ]
+
+
+def test_figures_of_another_point_are_said_to_be_its() -> None:
+    text = " ".join(explain(sample_report(), other_point()).split())
+    assert text.startswith("resnet56: operating point point-2; the point that was measured is point-1.")
+    assert "1.53x as fast" not in text.split("Frontier")[0]
+    for expected in (
+        "Selected point-2, as estimated: accuracy 90.0%, drop 3.80 points, excess error 4.50%, mean 0.550 ms",
+        "rows leave at layer1.8 70.0%, backbone 30.0%",
+        "Latency of point-1: mean 0.752 ms",
+        "Measured on onnxruntime, in fp32, with 1 thread",
+        "Certificate of point-1, not of point-2",
+        "Exits, as they are at point-1",
+        "* point-1",
+        "> point-2",
+    ):
+        assert expected in text
+
+
+def test_the_point_that_was_measured_needs_no_such_words() -> None:
+    assert explain(sample_report(), other_point("point-1")) == explain(sample_report())
+
+
+@pytest.mark.parametrize("part", ["latency", "certificate"])
+def test_reports_that_do_not_name_the_point_mean_the_chosen_one(part: str) -> None:
+    report = sample_report()
+    del report["latency"]["point"], report["certificate"]["point"]
+    assert "Certificate of point-1, not of point-2" in explain(report, other_point())
+    assert explain(report, other_point("point-1")) == explain(sample_report())
+    report[part]["point"] = "point-2"
+    assert measured_point(report, other_point()) is None
+
+
+def test_a_refused_program_is_not_what_runs() -> None:
+    report = sample_report() | {"refused": "measured 0.98x, below 1.02x"}
+    text = " ".join(explain(report, other_point("plain")).split())
+    assert "the plain network is returned" in text
+    assert "Selected plain, as estimated: accuracy 90.0%" in text
+    assert "Latency of point-1: mean" in text
+
+
+def test_without_any_figures_there_is_nothing_to_tell_apart() -> None:
+    assert explain({}, other_point()) == explain({})
+
+
+@pytest.mark.parametrize("key", sorted(sample_report()))
+def test_any_key_may_be_absent_with_another_point_selected(key: str) -> None:
+    text = explain(sample_report() | {key: None}, other_point())
+    assert "point-2" in text
+    assert max(map(len, text.splitlines())) <= 98

@@ -1,0 +1,51 @@
+"""The engines of an artifact, shared by everything that runs it."""
+
+from __future__ import annotations
+
+import threading
+
+from exitcompiler.controlflow import BlockInterface, Branch, ControlFlow, LinearGate, engine_signature
+from exitcompiler.runtime.backends import Backend, Engine
+from exitcompiler.runtime.manifest import MODEL_FILE, Artifact, OperatingPoint
+from exitcompiler.runtime.rows import single_file_signature
+
+__all__ = ["EnginePool"]
+
+
+class EnginePool:
+    """The engines of an artifact, made when first needed and shared by its operating points.
+
+    Args:
+        artifact: Where the models are.
+        backend: What makes engines of them.
+    """
+
+    def __init__(self, artifact: Artifact, backend: Backend) -> None:
+        self.artifact = artifact
+        self.backend = backend
+        self._engines: dict[tuple[object, ...], Engine] = {}
+        self._lock = threading.Lock()
+
+    def block(self, point: OperatingPoint, block: BlockInterface, static_batch: int | None) -> Engine:
+        """The engine of a block of ``point``."""
+        signature, terminator = engine_signature(block), block.terminator
+        gate = terminator.gate if isinstance(terminator, Branch) else None
+        reads = gate.reads if isinstance(gate, LinearGate) else ()
+        batch = static_batch if self.backend.specialises else None
+        names = (tuple(signature.inputs), tuple(signature.outputs), tuple(block.results), reads)
+        key = (point.files[block.name], point.torch_files.get(block.name), names, batch)
+        with self._lock:
+            if key not in self._engines:
+                self._engines[key] = self.backend.load_block(
+                    self.artifact.files, point, block, static_batch=batch
+                )
+            return self._engines[key]
+
+    def one_file(self, flow: ControlFlow) -> Engine:
+        """The engine of the one-file model, for one row."""
+        with self._lock:
+            key = (MODEL_FILE,)
+            if key not in self._engines:
+                model = self.artifact.files[MODEL_FILE]
+                self._engines[key] = self.backend.load(model, single_file_signature(flow), static_batch=1)
+            return self._engines[key]
