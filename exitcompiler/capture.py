@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,13 +34,11 @@ from exitcompiler.model_interface import (
     sample_rows,
     select_logits,
 )
+from exitcompiler.naming import BACKBONE
 from exitcompiler.program import Block, Program, Return, ValueSpec
 from exitcompiler.row_independence import check_row_independence, take_rows, tolerance
 
 __all__ = ["BACKBONE", "Captured", "Example", "capture"]
-
-BACKBONE: Final = "backbone"
-"""The name of the captured block, and of the exit at the backbone's own end."""
 
 _RowFunction: TypeAlias = Callable[[Mapping[str, Tensor]], Any]
 

@@ -127,6 +127,10 @@ def compile_command(
         str | None,
         typer.Option(help="Which output holds the logits: its name or number.", show_default=False),
     ] = None,
+    dump: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write the program before and after every pass there."),
+    ] = None,
     mean: MeanOption = "0",
     std: StdOption = "1",
     image_size: ImageSizeOption = None,
@@ -160,6 +164,7 @@ def compile_command(
         threads=threads,
         seed=seed,
         logits=int(logits) if logits is not None and logits.isdecimal() else logits,
+        dump=dump,
     )
     compiled.save(output)
     out.show(compiled.explain(), f"\nSaved to {output}.")

@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import nn
 from torch.export import ExportedProgram
 
-from exitcompiler.calibration import peek, require_fit
+from exitcompiler.calibration import peek, require_fit, require_rows
 from exitcompiler.candidates import Candidates
 from exitcompiler.capture import Captured, capture
 from exitcompiler.certify import answers_of, certify, check_one_file, check_parity, measure_speedup
@@ -67,6 +67,7 @@ def compile(
     logits: str | int | None = None,
     max_exits: int = 3,
     recipe: HeadRecipe | None = None,
+    dump: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> CompiledModel:
     """Give a trained classifier early exits that really skip the work.
@@ -93,6 +94,7 @@ def compile(
         logits: Which output holds the logits, for a model with several: its key or its index.
         max_exits: How many places get deep heads before gates decide.
         recipe: How heads are trained.
+        dump: A folder for the program's text before and after every pass that changes it.
         progress: Show progress bars; None: on a terminal only.
 
     Returns:
@@ -115,6 +117,7 @@ def compile(
         seed=seed,
         max_exits=max_exits,
         recipe=HeadRecipe() if recipe is None else recipe,
+        dump=None if dump is None else Path(dump),
     )
     return compile_in_detail(model, calib_data, train_data, settings, logits, progress).compiled
 
@@ -203,7 +206,8 @@ class _Compilation:
             certify=CERTIFY_SHARE,
             seed=self.settings.seed,
         )
-        data = self._training_data(train_data, rows, split, program)
+        require_rows(split, with_training=train_data is not None, batch_size=self.settings.batch_size)
+        data = self._training_data(train_data, rows, split, program).for_model(program)
         findings = Findings(_name_of(model), program, self.settings, split)
         findings.seconds = self.reporter.seconds
         lowerer = Lowerer()
@@ -335,6 +339,11 @@ class _Compilation:
         split: RowSplit,
     ) -> CompiledModel:
         """The untouched backbone as the result."""
+        if self.settings.budget_us is not None and plain_us > self.settings.budget_us:
+            findings.note(
+                f"the plain engine takes {plain_us * self.settings.batch_size / 1000:.3f} ms, more than the "
+                f"budget of {self.settings.latency_budget_ms} ms"
+            )
         fresh = rows.take(split.certify)
         artifact = pack(
             [], captured.program, plain_us, 1.0, captured.structure, engines.backend, engines.lowerer,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitcompiler.errors import CalibrationError
+from exitcompiler.naming import BACKBONE
 
 __all__ = [
     "BACKBONE",
@@ -34,9 +35,6 @@ IntArray: TypeAlias = NDArray[np.int64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 HeadKey: TypeAlias = tuple[str, str]
 """An exit's name and the kind of its head, ``("layer1.8", "deep")``."""
-
-BACKBONE: Final = "backbone"
-"""The name of the place where rows end that no gate let go."""
 
 FEATURES: Final = 3
 """How many confidence features a head has: max probability, margin, normalised entropy."""

@@ -14,6 +14,7 @@ from exitcompiler.data import Rows
 from exitcompiler.engines import Engines
 from exitcompiler.errors import InputError
 from exitcompiler.frontier import Frontier, FrontierPoint, sweep
+from exitcompiler.passes.pipeline import dump_to
 from exitcompiler.policies import CostModel, GoOn, Policy
 from exitcompiler.profile import block_times_us
 from exitcompiler.program import Program
@@ -191,7 +192,8 @@ def _build(
     sample: Rows,
     settings: Settings,
 ) -> Built:
-    program = build_program(candidates, point.policy)
+    observers = () if settings.dump is None else (dump_to(settings.dump),)
+    program = build_program(candidates, point.policy, observers=observers)
     return _timed(program, point, block_times_us(program.blocks, engines, sample, settings.batch_size))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from exitcompiler.errors import InputError
@@ -30,6 +31,7 @@ class Settings:
     seed: int = 0
     max_exits: int = 3
     recipe: HeadRecipe = field(default_factory=HeadRecipe)
+    dump: Path | None = None
 
     def __post_init__(self) -> None:
         if self.max_accuracy_drop is not None and self.latency_budget_ms is not None:
@@ -68,5 +70,5 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """For the report."""
         values = asdict(self)
-        recipe = values.pop("recipe")
+        recipe, _ = values.pop("recipe"), values.pop("dump")
         return {**values, "max_accuracy_drop": self.drop_limit, "recipe": recipe}

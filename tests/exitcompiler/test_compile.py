@@ -180,8 +180,10 @@ def test_a_network_too_small_for_exits_is_refused_and_still_answers() -> None:
     np.testing.assert_allclose(compiled(x[:5]), model(torch.from_numpy(x[:5])).detach().numpy(), atol=1e-5)
 
 
-def test_exits_that_do_not_pay_are_refused_with_the_measured_figure() -> None:
-    settings = Settings(0.02, backend="onnxruntime", threads=1, max_exits=2, recipe=RECIPE)
+def test_exits_that_do_not_pay_are_refused_with_the_measured_figure(tmp_path: Path) -> None:
+    settings = Settings(
+        0.02, backend="onnxruntime", threads=1, max_exits=2, recipe=RECIPE, dump=tmp_path / "dump"
+    )
     with mock.patch.object(compiler, "WORTHWHILE", 1e6):
         details = compile_in_detail(trained_network(), stripes(600, seed=2), stripes(600, seed=3), settings)
     report = details.compiled.artifact.report
@@ -190,6 +192,7 @@ def test_exits_that_do_not_pay_are_refused_with_the_measured_figure() -> None:
     assert [point.name for point in details.compiled.operating_points] == ["plain"]
     assert [entry["name"] for entry in report["frontier"] if entry["chosen"]] == ["plain"]
     assert 0.5 < details.compiled.operating_point.estimate.accuracy < 1.0
+    assert "branch" in (tmp_path / "dump" / "000-insert-exits.after.txt").read_text()
 
 
 class _BatchMean(torch.nn.Module):
