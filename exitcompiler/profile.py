@@ -19,7 +19,7 @@ from exitcompiler.runtime.single_row import aligned_empty
 from exitcompiler.runtime.timing import measure_interleaved
 from exitcompiler.scoring import run_block
 
-__all__ = ["block_times_us", "measure_costs"]
+__all__ = ["block_times_us", "measure_costs", "programs_times_us"]
 
 REPEATS = 150
 LIMIT_S = 20.0
@@ -69,18 +69,42 @@ def block_times_us(
         batch_size: How many rows a call has.
         repeats: Timed turns.
     """
-    engines.load(blocks, batch_size)
+    (times,) = programs_times_us([blocks], engines, rows, batch_size, repeats)
+    return times
+
+
+def programs_times_us(
+    programs: Sequence[Sequence[Block]],
+    engines: Engines,
+    rows: Rows,
+    batch_size: int,
+    repeats: int = REPEATS,
+) -> list[list[float]]:
+    """Like ``block_times_us``, for the blocks of several programs in one measurement.
+
+    Args:
+        programs: The blocks of each; names mean something within a program only.
+        engines: Make and keep the engines.
+        rows: Real rows; the first ``batch_size`` are used.
+        batch_size: How many rows a call has.
+        repeats: Timed turns.
+    """
     inputs = rows.take(slice(0, batch_size)).inputs
-    values: dict[str, Array] = {name: tensor.numpy() for name, tensor in inputs.items()}
     calls: dict[str, Callable[[], object]] = {}
-    for number, block in enumerate(blocks):
-        _bind_params(block, blocks, values)
-        calls[str(number)] = _bound_call(block, engines, values, batch_size)
-        values.update(run_block(block, engines, values, batch_size))
+    for index, blocks in enumerate(programs):
+        engines.load(blocks, batch_size)
+        values: dict[str, Array] = {name: tensor.numpy() for name, tensor in inputs.items()}
+        for number, block in enumerate(blocks):
+            _bind_params(block, blocks, values)
+            calls[f"{index}:{number}"] = _bound_call(block, engines, values, batch_size)
+            values.update(run_block(block, engines, values, batch_size))
     samples = measure_interleaved(
         calls, [()], repeats=repeats, warmup=max(5, repeats // 10), limit_s=LIMIT_S, minimum=10
     )
-    return [float(np.median(samples[str(number)])) / batch_size for number in range(len(blocks))]
+    return [
+        [float(np.median(samples[f"{index}:{number}"])) / batch_size for number in range(len(blocks))]
+        for index, blocks in enumerate(programs)
+    ]
 
 
 def _bind_params(block: Block, blocks: Sequence[Block], values: dict[str, Array]) -> None:

@@ -16,7 +16,7 @@ from exitcompiler.errors import InputError
 from exitcompiler.frontier import Frontier, FrontierPoint, sweep
 from exitcompiler.passes.pipeline import dump_to
 from exitcompiler.policies import CostModel, GoOn, Policy
-from exitcompiler.profile import block_times_us
+from exitcompiler.profile import block_times_us, programs_times_us
 from exitcompiler.program import Program
 from exitcompiler.progress import Reporter
 from exitcompiler.scores import ScoreTable
@@ -157,11 +157,9 @@ def _retime(tried: Sequence[Built], engines: Engines, sample: Rows, settings: Se
     """The same programs, timed again in turns: what was timed minutes apart cannot be compared."""
     if len(tried) < 2:
         return list(tried)
-    blocks = [block for built in tried for block in built.program.blocks]
-    times = iter(block_times_us(blocks, engines, sample, settings.batch_size))
-    return [
-        _timed(built.program, built.point, [next(times) for _ in built.program.blocks]) for built in tried
-    ]
+    programs = [built.program.blocks for built in tried]
+    times = programs_times_us(programs, engines, sample, settings.batch_size)
+    return [_timed(built.program, built.point, part) for built, part in zip(tried, times, strict=True)]
 
 
 def _sweep(

@@ -15,7 +15,9 @@ from trained import SmallResNet, stripes, trained_network
 
 import exitcompiler
 from exitcompiler import compiler
+from exitcompiler.candidates import build_program
 from exitcompiler.compiler import Details, compile_in_detail
+from exitcompiler.data import Rows
 from exitcompiler.errors import (
     BackendUnavailableError,
     CalibrationError,
@@ -23,6 +25,8 @@ from exitcompiler.errors import (
     UnsupportedModelError,
 )
 from exitcompiler.interpreter import interpret
+from exitcompiler.policies import GoOn, LinearRule, Policy
+from exitcompiler.profile import programs_times_us
 from exitcompiler.settings import Settings
 from exitcompiler.training import HeadRecipe
 
@@ -178,6 +182,24 @@ def test_a_network_too_small_for_exits_is_refused_and_still_answers() -> None:
     assert compiled.artifact.report["refused"]
     assert "no exits were added" in compiled.explain()
     np.testing.assert_allclose(compiled(x[:5]), model(torch.from_numpy(x[:5])).detach().numpy(), atol=1e-5)
+
+
+def test_programs_of_several_rounds_are_timed_together() -> None:
+    details = compiled_details("onnxruntime")
+    assert details.table is not None
+    assert details.candidates is not None
+    exits = details.table.exits
+    assert len(exits) == 2
+    rules = [LinearRule("deep", ((name, "deep"),), (1.0, 0.0, 0.0), -0.9) for name in exits]
+    x, _ = stripes(4, seed=5)
+    programs = [
+        build_program(details.candidates, Policy(exits, decisions)).blocks
+        for decisions in ((rules[0], rules[1]), (GoOn(), rules[1]), (rules[0], GoOn()))
+    ]
+    sample = Rows({"image": torch.from_numpy(x)}, None)
+    times = programs_times_us(programs, details.engines, sample, 1, repeats=3)
+    assert [len(part) for part in times] == [3, 2, 2]
+    assert all(time > 0 for part in times for time in part)
 
 
 def test_exits_that_do_not_pay_are_refused_with_the_measured_figure(tmp_path: Path) -> None:
