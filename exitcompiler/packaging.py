@@ -40,7 +40,7 @@ PLAIN = "plain"
 
 def point_name(accuracy_drop: float) -> str:
     """An operating point is called by its drop in percentage points: ``drop+0.98``."""
-    return f"drop{100 * accuracy_drop:+.2f}"
+    return f"drop{round(100 * accuracy_drop, 2) + 0.0:+.2f}"  # adding 0.0 makes -0.0 a plain zero
 
 
 def pack(
