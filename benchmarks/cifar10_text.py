@@ -44,9 +44,9 @@ def section(figures: Mapping[str, Any], picture: str) -> str:
         _final(figures),
         f"![Accuracy over mean latency]({picture})",
         "",
-        "The shipped points and the static networks were timed; the thresholds and the oracle are modelled from "
-        "block times, scaled to the whole network's: whether learned gates are ahead of thresholds is told by "
-        "the table of gates below, where both are modelled, and not by this picture.",
+        "The shipped points and the static networks were timed; the thresholds and the oracle are modelled "
+        "from block times, scaled to the whole network's: whether learned gates are ahead of thresholds is "
+        "told by the table of gates below, where both are modelled, and not by this picture.",
         _table(figures, "onnxruntime"),
         _table(figures, "openvino"),
         _gates(figures["gates"]),
