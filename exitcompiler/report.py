@@ -132,7 +132,7 @@ def _figures(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[dict[
     if report.get("exits"):
         kept = sum(bool(exit.get("kept")) for exit in report["exits"])
         figures.append(
-            {"label": "exits kept", "value": str(kept), "detail": f"of {len(report['exits'])} tried"}
+            {"label": "exits kept", "value": str(kept), "detail": f"of {len(report['exits'])} places"}
         )
     return figures
 

@@ -92,7 +92,7 @@ def headline(report: Mapping[str, Any], point: OperatingPoint | None = None) -> 
     kept = [exit["name"] for exit in exits if exit.get("kept")]
     text = f"{name}: {_count(len(kept), 'exit')} kept"
     if exits:
-        text += f" of {len(exits)} tried"
+        text += f" of {len(exits)} places"
     speedup = _dict(_dict(report, "latency"), "speedup")
     if speedup.get("value") is not None:
         text += f", {speedup['value']:.2f}x as fast as the whole network"

@@ -35,7 +35,7 @@ def test_explains_every_exit_with_its_verdict_and_reason() -> None:
 
 def test_says_what_was_chosen_on_what_and_how_fast() -> None:
     text = " ".join(explain(sample_report()).split())
-    assert text.startswith("resnet56: 2 exits kept of 3 tried, 1.53x as fast as the whole network")
+    assert text.startswith("resnet56: 2 exits kept of 3 places, 1.53x as fast as the whole network")
     assert "(95% interval 1.50 to 1.56)" in text
     assert "mean 0.752 ms against 1.15 ms for the whole network" in text
     assert "on onnxruntime, in fp32, with 1 thread" in text
@@ -135,7 +135,7 @@ def test_formats() -> None:
 
 def test_headline_counts_one_exit_in_the_singular() -> None:
     report = {"model": {"name": "m"}, "exits": [{"name": "a", "kept": True}, {"name": "b", "kept": False}]}
-    assert headline(report) == "m: 1 exit kept of 2 tried."
+    assert headline(report) == "m: 1 exit kept of 2 places."
 
 
 def test_text_tables_align() -> None:
