@@ -142,7 +142,7 @@ _ENTRIES: Final = {
         "exitcompiler.runtime.torch_backend",
         "TorchBackend",
         "torch",
-        "pip install torch --index-url https://download.pytorch.org/whl/cpu",
+        "pip install torch",
     ),
 }
 
