@@ -148,7 +148,7 @@ def test_inspect_needs_no_backend(artifact: Path) -> None:
     assert figures["operating_points"][0]["selected"] is True
     assert figures["report"] == sample_report()
     text = call("inspect", artifact).stdout
-    assert "resnet56: 2 exits kept of 3 tried" in text
+    assert "resnet56: 2 exits kept of 3 places" in text
     assert "point-1 *" in text
 
 
