@@ -36,10 +36,6 @@ class Candidates:
     block_of: Mapping[str, str]
     heads: Mapping[HeadKey, ExitHead]
 
-    def kinds(self, exit_name: str) -> tuple[str, ...]:
-        """The kinds of head at an exit."""
-        return tuple(kind for name, kind in self.heads if name == exit_name)
-
     def head_block(self, key: HeadKey) -> Block:
         """A head alone, with a gate, as a block that can be lowered and timed."""
         head = self.heads[key]

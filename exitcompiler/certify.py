@@ -9,9 +9,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from exitcompiler.benchmarking import logits_of
-from exitcompiler.controlflow import Branch, Edge, Jump, Return
-from exitcompiler.data import Rows
+from exitcompiler.benchmarking import logits_of, summarize_ms
+from exitcompiler.controlflow import Edge, Return, successors
+from exitcompiler.data import Inputs, Rows
 from exitcompiler.errors import InputError, LoweringError
 from exitcompiler.program import Block, Program
 from exitcompiler.runtime.backends import Array
@@ -69,7 +69,7 @@ def check_parity(
         LoweringError: A difference is above the tolerance; names the exit.
     """
     part = rows.take(slice(0, count))
-    arrays = _arrays(part)
+    arrays = _arrays(part.inputs)
     worst = 0.0
     for exit_name in program.exits:
         expected = run_to_exit(program, exit_name, part.inputs).numpy()
@@ -101,7 +101,7 @@ def check_one_file(single: CompiledModel, blocks: CompiledModel, rows: Rows, pre
     where = f"model.onnx on {single.backend.name} {precision}"
     moved = 0
     for inputs, _ in rows.take(slice(0, PARITY_ROWS)).batches(1):
-        row = {name: tensor.numpy() for name, tensor in inputs.items()}
+        row = _arrays(inputs)
         one, other = single.run(row), blocks.run(row)
         if int(one.exit_index[0]) != int(other.exit_index[0]):
             moved += 1
@@ -128,8 +128,8 @@ def _difference(found: FloatArray, expected: FloatArray, precision: str, where: 
     return difference / scale
 
 
-def _arrays(rows: Rows) -> dict[str, Array]:
-    return {name: tensor.numpy() for name, tensor in rows.inputs.items()}
+def _arrays(inputs: Inputs) -> dict[str, Array]:
+    return {name: tensor.numpy() for name, tensor in inputs.items()}
 
 
 @torch.no_grad()
@@ -139,12 +139,7 @@ def run_to_exit(program: Program, exit_name: str, inputs: Mapping[str, torch.Ten
     values = dict(inputs)
     while True:
         values = {**values, **block.run(values)}
-        terminator = block.terminator
-        ways = (
-            terminator.edges
-            if isinstance(terminator, Branch)
-            else (terminator.edge if isinstance(terminator, Jump) else terminator,)
-        )
+        ways = successors(block.terminator)
         for way in ways:
             if isinstance(way, Return) and way.exit == exit_name:
                 return values[way.values[0]]
@@ -202,7 +197,7 @@ def answers_of(compiled: CompiledModel, rows: Rows) -> tuple[Array, Array]:
     """Predicted class ``int64 [rows]`` and exit ``int32 [rows]`` of every row."""
     classes, exits = [], []
     for inputs, _ in rows.batches(BATCH_SIZE):
-        result = compiled.run(_arrays(Rows(inputs, None)))
+        result = compiled.run(_arrays(inputs))
         classes.append(logits_of(result.outputs).argmax(axis=1))
         exits.append(result.exit_index)
     return np.concatenate(classes), np.concatenate(exits)
@@ -231,12 +226,12 @@ def measure_speedup(
         seed: Of the choice of rows, the order in a turn, and the bootstrap.
 
     Returns:
-        Mean, p50 and p99 in milliseconds per call for both, and the speed-up (ratio of mean times) with
+        Mean, p50, p95 and p99 in milliseconds per call for both, and the speed-up (ratio of mean times) with
         its 95 % interval.
     """
     rng = np.random.default_rng(seed)
     starts = rng.integers(0, max(1, len(rows) - batch_size + 1), size=min(repeats, 4096))
-    inputs = [(_arrays(rows.take(slice(start, start + batch_size))),) for start in starts.tolist()]
+    inputs = [(_arrays(rows.take(slice(start, start + batch_size)).inputs),) for start in starts.tolist()]
     times = measure_interleaved(
         {"program": compiled, "plain": plain},
         inputs,
@@ -247,15 +242,7 @@ def measure_speedup(
     )
     speedup = ratio_interval(times["plain"], times["program"], seed=seed)
     return {
-        "program": _summary_ms(times["program"]),
-        "plain": _summary_ms(times["plain"]),
+        "program": summarize_ms(times["program"] / 1e3),
+        "plain": summarize_ms(times["plain"] / 1e3),
         "speedup": {**asdict(speedup), "median": speedup.value},
-    }
-
-
-def _summary_ms(times_us: FloatArray) -> dict[str, float]:
-    return {
-        "mean_ms": float(times_us.mean()) / 1e3,
-        "p50_ms": float(np.percentile(times_us, 50)) / 1e3,
-        "p99_ms": float(np.percentile(times_us, 99)) / 1e3,
     }

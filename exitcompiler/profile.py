@@ -8,12 +8,12 @@ from functools import partial
 import numpy as np
 
 from exitcompiler.candidates import Candidates
-from exitcompiler.controlflow import Edge, engine_signature, successors
+from exitcompiler.controlflow import Edge, successors
 from exitcompiler.data import Rows
 from exitcompiler.engines import Engines
 from exitcompiler.policies import CostModel
 from exitcompiler.program import Block, Program
-from exitcompiler.runtime.backends import Array
+from exitcompiler.runtime.backends import Array, Engine
 from exitcompiler.runtime.rows import gate_parameters
 from exitcompiler.runtime.single_row import aligned_empty
 from exitcompiler.runtime.timing import measure_interleaved
@@ -92,12 +92,13 @@ def programs_times_us(
     inputs = rows.take(slice(0, batch_size)).inputs
     calls: dict[str, Callable[[], object]] = {}
     for index, blocks in enumerate(programs):
-        engines.load(blocks, batch_size)
+        loaded = engines.load(blocks, batch_size)
         values: dict[str, Array] = {name: tensor.numpy() for name, tensor in inputs.items()}
         for number, block in enumerate(blocks):
             _bind_params(block, blocks, values)
-            calls[f"{index}:{number}"] = _bound_call(block, engines, values, batch_size)
-            values.update(run_block(block, engines, values, batch_size))
+            engine = loaded.get(block.name)
+            calls[f"{index}:{number}"] = _bound_call(block, engine, values, batch_size)
+            values.update(run_block(block, engine, values))
     samples = measure_interleaved(
         calls, [()], repeats=repeats, warmup=max(5, repeats // 10), limit_s=LIMIT_S, minimum=10
     )
@@ -118,11 +119,11 @@ def _bind_params(block: Block, blocks: Sequence[Block], values: dict[str, Array]
 
 
 def _bound_call(
-    block: Block, engines: Engines, values: Mapping[str, Array], batch_size: int
+    block: Block, engine: Engine | None, values: Mapping[str, Array], batch_size: int
 ) -> Callable[[], object]:
-    signature = engine_signature(block)
-    if not signature.outputs:
+    if engine is None:
         return lambda: None
+    signature = engine.signature
     inputs: list[Array] = []
     sources = [values[name] for name in block.params] + gate_parameters(block)
     for spec, source in zip(signature.inputs.values(), sources, strict=True):
@@ -130,8 +131,7 @@ def _bound_call(
         buffer[...] = source
         inputs.append(buffer)
     outputs = [aligned_empty(spec, batch_size) for spec in signature.outputs.values()]
-    call = engines.engine(block, batch_size).bind(inputs, outputs)
-    return partial(_call, call, inputs, outputs)
+    return partial(_call, engine.bind(inputs, outputs), inputs, outputs)
 
 
 def _call(call: Callable[[], object], *_kept_alive: object) -> object:

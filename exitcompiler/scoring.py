@@ -11,13 +11,13 @@ from exitcompiler.controlflow import Return, engine_signature
 from exitcompiler.data import Rows
 from exitcompiler.engines import Engines
 from exitcompiler.naming import value_name
-from exitcompiler.program import Block, Program
+from exitcompiler.program import Block
 from exitcompiler.progress import Step
-from exitcompiler.runtime.backends import Array
+from exitcompiler.runtime.backends import Array, Engine
 from exitcompiler.runtime.rows import gate_parameters
 from exitcompiler.scores import HeadKey, HeadScores, ScoreTable
 
-__all__ = ["run_block", "run_chain", "score_rows"]
+__all__ = ["run_block", "score_rows"]
 
 BATCH_SIZE = 32
 
@@ -38,15 +38,17 @@ def score_rows(candidates: Candidates, engines: Engines, rows: Rows, step: Step)
         CalibrationError: Scores are not finite, or labels do not fit the classes.
     """
     heads = {key: candidates.head_block(key) for key in candidates.heads}
-    engines.load([*candidates.chain.blocks, *heads.values()])
+    loaded = engines.load([*candidates.chain.blocks, *heads.values()])
     logits: dict[HeadKey, list[Array]] = {key: [] for key in heads}
     backbone: list[Array] = []
     last = candidates.chain.blocks[-1].terminator
     assert isinstance(last, Return)
     for inputs, _ in rows.batches(BATCH_SIZE):
-        values = run_chain(candidates.chain, engines, {name: t.numpy() for name, t in inputs.items()})
+        values: dict[str, Array] = {name: tensor.numpy() for name, tensor in inputs.items()}
+        for block in candidates.chain.blocks:  # values keep their names along the chain
+            values.update(run_block(block, loaded.get(block.name), values))
         for key, block in heads.items():
-            outputs = run_block(block, engines, values)
+            outputs = run_block(block, loaded.get(block.name), values)
             logits[key].append(np.array(outputs[value_name(*key, "logits")]))
         backbone.append(np.array(values[last.values[0]]))
         step.advance(len(backbone[-1]))
@@ -54,21 +56,10 @@ def score_rows(candidates: Candidates, engines: Engines, rows: Rows, step: Step)
     return ScoreTable(candidates.exits, scores, np.concatenate(backbone), rows.labels)
 
 
-def run_chain(chain: Program, engines: Engines, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Every value of a chain of blocks whose values keep their names, for a batch."""
-    values = dict(inputs)
-    for block in chain.blocks:
-        values.update(run_block(block, engines, values))
-    return values
-
-
-def run_block(
-    block: Block, engines: Engines, values: Mapping[str, Array], static_batch: int | None = None
-) -> dict[str, Array]:
-    """What one block hands out for a batch."""
-    outputs = engine_signature(block).outputs
-    if not outputs:
+def run_block(block: Block, engine: Engine | None, values: Mapping[str, Array]) -> dict[str, Array]:
+    """What one block hands out for a batch; nothing where it needs no engine."""
+    if engine is None:
         return {}
     inputs = [values[name] for name in block.params] + gate_parameters(block)
-    results = engines.engine(block, static_batch).run([np.ascontiguousarray(value) for value in inputs])
-    return dict(zip(outputs, results, strict=True))
+    results = engine.run([np.ascontiguousarray(value) for value in inputs])
+    return dict(zip(engine_signature(block).outputs, results, strict=True))

@@ -116,7 +116,7 @@ def select_points(
         InputError: No operating point keeps the limit.
     """
     frontier = _sweep(table, costs, settings, reporter, "learning gates")
-    current = _build(candidates, table, _fit(frontier, settings), engines, sample, settings)
+    current = _build(candidates, _fit(frontier, settings), engines, sample, settings)
     tried = [current]
     rounds = [Round(table.exits, tuple(current.point.policy.kept), current.mean_us)]
     while len(rounds) < ROUNDS and current.point.policy.kept:
@@ -124,13 +124,13 @@ def select_points(
         measured = _measured_costs(costs, current)
         narrowed = _sweep(_restrict(table, allowed), measured, settings, reporter, "relearning gates")
         point = _widen(_fit(narrowed, settings), table)
-        current = _build(candidates, table, point, engines, sample, settings)
+        current = _build(candidates, point, engines, sample, settings)
         tried.append(current)
         rounds.append(Round(allowed, tuple(point.policy.kept), current.mean_us))
         if tuple(point.policy.kept) == allowed:
             break
     best = _best(_retime(tried, engines, sample, settings), settings)
-    shipped = _shipped(frontier, best, candidates, table, engines, sample, settings)
+    shipped = _shipped(frontier, best, candidates, engines, sample, settings)
     return Selection(frontier, best, shipped, tuple(rounds))
 
 
@@ -184,15 +184,18 @@ def _fit(frontier: Frontier, settings: Settings) -> FrontierPoint:
 
 def _build(
     candidates: Candidates,
-    table: ScoreTable,
     point: FrontierPoint,
     engines: Engines,
     sample: Rows,
     settings: Settings,
 ) -> Built:
-    observers = () if settings.dump is None else (dump_to(settings.dump),)
-    program = build_program(candidates, point.policy, observers=observers)
+    program = _program(candidates, point, settings)
     return _timed(program, point, block_times_us(program.blocks, engines, sample, settings.batch_size))
+
+
+def _program(candidates: Candidates, point: FrontierPoint, settings: Settings) -> Program:
+    observers = () if settings.dump is None else (dump_to(settings.dump),)
+    return build_program(candidates, point.policy, observers=observers)
 
 
 def _timed(program: Program, point: FrontierPoint, times_us: Sequence[float]) -> Built:
@@ -235,7 +238,6 @@ def _shipped(
     frontier: Frontier,
     chosen: Built,
     candidates: Candidates,
-    table: ScoreTable,
     engines: Engines,
     sample: Rows,
     settings: Settings,
@@ -250,6 +252,10 @@ def _shipped(
         others = [chosen.point, *points]
         if point.policy.kept and all(abs(point.accuracy_drop - o.accuracy_drop) > 1e-3 for o in others):
             points.append(point)
-    programs = [build_program(candidates, point.policy) for point in points]
+    programs = [_program(candidates, point, settings) for point in points]
+    # All in one export, before they are timed one by one.
     engines.load([block for program in programs for block in program.blocks], settings.batch_size)
-    return tuple(_build(candidates, table, point, engines, sample, settings) for point in points)
+    return tuple(
+        _timed(program, point, block_times_us(program.blocks, engines, sample, settings.batch_size))
+        for program, point in zip(programs, points, strict=True)
+    )
