@@ -15,21 +15,15 @@ from typing import Final, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from exitcompiler.costs import CostModel
 from exitcompiler.errors import InputError
+from exitcompiler.evaluation import Evaluation, evaluate, evaluate_routes
 from exitcompiler.gate_features import losses, max_probability
-from exitcompiler.gate_search import Choices, Problem, search, to_policy
+from exitcompiler.gate_search import Choices, Problem, to_policy
 from exitcompiler.gates import require_costs
-from exitcompiler.policies import (
-    CostModel,
-    Decision,
-    Evaluation,
-    GoOn,
-    LinearRule,
-    Policy,
-    evaluate,
-    evaluate_routes,
-)
+from exitcompiler.policies import Decision, GoOn, Policy, leave_above
 from exitcompiler.scores import HeadKey, IntArray, ScoreTable
+from exitcompiler.site_search import search
 
 __all__ = [
     "Baseline",
@@ -121,18 +115,23 @@ class RandomPolicy:
     def evaluate(self, table: ScoreTable, costs: CostModel) -> Evaluation:
         """How it does on a table."""
         generator = np.random.default_rng(self.seed)
-        left = np.full(table.rows, len(table.exits), np.int64)
+        left = np.full(table.rows, _end(table, self.exits), np.int64)
+        stays = np.ones(table.rows, np.bool_)
         for name, _ in self.exits:
             goes = generator.random(table.rows) < self.rate
-            left[(left == len(table.exits)) & goes] = table.exits.index(name)
+            left[stays & goes] = table.exits.index(name)
+            stays &= ~goes
         return _judge(left, self.exits, table, costs)
+
+
+def _end(table: ScoreTable, exits: ExitSet) -> int:
+    """The place where rows are answered that leave nowhere before."""
+    return len(table.exits) if table.topology.tail else table.exits.index(exits[-1][0])
 
 
 def _judge(left: IntArray, exits: ExitSet, table: ScoreTable, costs: CostModel) -> Evaluation:
     """Judge places to leave; every row pays for all heads and dispatches on its way."""
-    heads = dict(exits)
-    plan = Policy(table.exits, tuple(_rule(name, heads.get(name), 0.0, 0, 1.0) for name in table.exits))
-    return evaluate_routes(left, [heads.get(name) for name in table.exits], costs.leave_us(plan), table)
+    return evaluate_routes(left, exits, table, costs)
 
 
 def _rule(name: str, head: str | None, threshold: float, feature: int, sign: float) -> Decision:
@@ -140,7 +139,7 @@ def _rule(name: str, head: str | None, threshold: float, feature: int, sign: flo
     if head is None:
         return GoOn()
     weight = tuple(sign if index == feature else 0.0 for index in range(3))
-    return LinearRule(head, ((name, head),), weight, -threshold)
+    return leave_above(head, ((name, head),), weight, -threshold)
 
 
 def exit_sets(table: ScoreTable, heads: Mapping[str, str] | None = None) -> tuple[ExitSet, ...]:
@@ -183,7 +182,7 @@ def shared_threshold(
         heads = dict(exits)
         for threshold in np.unique(np.quantile(values.astype(np.float64), np.linspace(0.0, 1.0, steps))):
             rules = [_rule(n, heads.get(n), float(threshold), feature, sign) for n in table.exits]
-            yield ThresholdPolicy(Policy(table.exits, tuple(rules)))
+            yield ThresholdPolicy(Policy(table.topology, tuple(rules)))
 
 
 def per_exit_thresholds(
@@ -211,7 +210,7 @@ def per_exit_thresholds(
         problem = Problem(table, costs, penalty_us, directions)
         _, choices = search(problem, start, (True,) * len(table.exits))
         start = (choices,)
-        yield ThresholdPolicy(to_policy(table.exits, choices))
+        yield ThresholdPolicy(to_policy(table.topology, choices))
 
 
 def patience(sets: Sequence[ExitSet]) -> Iterator[PatiencePolicy]:
@@ -239,8 +238,8 @@ def soft_oracle(table: ScoreTable, costs: CostModel, exits: ExitSet) -> Evaluati
         costs: Measured times.
         exits: What is built.
     """
-    left = np.full(table.rows, len(table.exits), np.int64)
-    right = table.backbone_correct.copy()
+    left = np.full(table.rows, _end(table, exits), np.int64)
+    right = table.backbone_correct.copy() if table.topology.tail else np.ones(table.rows, np.bool_)
     for key in reversed(exits):
         right &= table.correct(key)
         left[right] = table.exits.index(key[0])

@@ -17,14 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
+from exitcompiler.costs import CostModel
 from exitcompiler.errors import InputError
+from exitcompiler.evaluation import Evaluation, evaluate, summarise
 from exitcompiler.gate_search import Choices, to_policy
 from exitcompiler.gates import FEWEST_ROWS, RECIPES, Learner, Recipe, prepare, require_learnable
-from exitcompiler.policies import CostModel, Evaluation, Policy, evaluate, summarise
+from exitcompiler.policies import Policy
 from exitcompiler.scores import ScoreTable
 from exitcompiler.statistics import mean_time_over_drops
+from exitcompiler.topology import Topology
 
-__all__ = ["CrossFit", "Frontier", "FrontierPoint", "pareto", "sweep"]
+__all__ = ["CrossFit", "Frontier", "FrontierPoint", "pareto", "sweep", "trade_offs"]
 
 _logger = logging.getLogger(__name__)
 
@@ -33,7 +36,11 @@ Float64Array: TypeAlias = NDArray[np.float64]
 STEPS: Final = 20
 FOLDS: Final = 5
 SPAN: Final = (0.5, 100.0)
-"""From where a full point of accuracy is worth half the backbone's time, to where it is worth a hundred."""
+"""The trade-offs of a chain of exits, in the backbone's times per unit of accuracy: at the upper end a point
+of accuracy is worth the whole backbone, and no exit is left that costs any."""
+
+CASCADE_SPAN: Final = (0.5, 400.0)
+"""Those of a cascade, which goes on to gain where several networks answer together."""
 
 WIDEST_DROP: Final = 0.03
 """Recipes are compared over accuracy drops from 0 to this."""
@@ -90,8 +97,8 @@ class CrossFit:
         for index, (learner, table) in enumerate(zip(self.learners, self.held_out, strict=True)):
             choices = learner.learn(trade_off_us, starts[index : index + 1])
             found.append(choices)
-            results.append(evaluate(to_policy(table.exits, choices), table, learner.costs))
-        return _join(results, self.rows), tuple(found)
+            results.append(evaluate(to_policy(table.topology, choices), table, learner.costs))
+        return _join(results, self.rows, self.held_out[0].topology), tuple(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +106,8 @@ class Frontier:
     """The operating points that no other one beats on both accuracy and latency.
 
     Args:
-        points: By falling mean time and rising accuracy drop; the first is the plain backbone.
+        plain: The backbone, or the reference network, alone.
+        points: By falling mean time and rising accuracy drop.
         recipe: How the gates were learned.
         learner: Learns policies on all rows.
         cross_fit: Judges them.
@@ -108,6 +116,7 @@ class Frontier:
         times_us: ``float64[steps]``: the folds' mean time at each, made not to fall.
     """
 
+    plain: FrontierPoint
     points: tuple[FrontierPoint, ...]
     recipe: Recipe
     learner: Learner
@@ -178,7 +187,7 @@ class Frontier:
             mean_us = min(mean_us, limit)
         estimate, _ = self.cross_fit.judge(trade_off_us)
         starts = [self.learner.learn(float(self.trade_offs_us[index])) for index in (low, high)]
-        policy = to_policy(self.learner.table.exits, self.learner.learn(trade_off_us, starts))
+        policy = to_policy(self.learner.table.topology, self.learner.learn(trade_off_us, starts))
         return FrontierPoint(trade_off_us, policy, drop, mean_us, estimate)
 
 
@@ -219,7 +228,7 @@ def sweep(
     if steps < 2 or folds < 2 or not recipes:
         raise InputError(f"{steps} steps, {folds} folds, {len(recipes)} recipes", where="frontier sweep")
     require_learnable(table, math.ceil(FEWEST_ROWS * folds / (folds - 1)))
-    trade_offs_us = np.geomspace(*SPAN, steps) * costs.whole_us
+    trade_offs_us = trade_offs(table.topology, costs, steps)
     total = (len(recipes) + 1) * steps
     done = 0
 
@@ -241,13 +250,27 @@ def sweep(
     _, cross_fit, estimates, drops, times_us = min(curves, key=lambda curve: curve[0])
     learner = prepare(table, costs, cross_fit.recipe, allowed)
     policies = _learn_all(learner, trade_offs_us, tick)
-    plain = Policy.plain(table.exits)
-    points = [FrontierPoint(math.inf, plain, 0.0, costs.whole_us, evaluate(plain, table, costs))]
-    points += [
+    alone = Policy.plain(table.topology)
+    plain = FrontierPoint(math.inf, alone, 0.0, costs.whole_us, evaluate(alone, table, costs))
+    points = [
         FrontierPoint(float(trade_offs_us[i]), policies[i], float(drops[i]), float(times_us[i]), estimates[i])
         for i in range(steps)
     ]
-    return Frontier(pareto(points), cross_fit.recipe, learner, cross_fit, trade_offs_us, drops, times_us)
+    return Frontier(
+        plain,
+        pareto([plain, *points]),
+        cross_fit.recipe,
+        learner,
+        cross_fit,
+        trade_offs_us,
+        drops,
+        times_us,
+    )
+
+
+def trade_offs(topology: Topology, costs: CostModel, steps: int) -> Float64Array:
+    """A geometric sweep of what a unit of accuracy may be worth, ``float64[steps]`` microseconds."""
+    return np.geomspace(*(SPAN if topology.tail else CASCADE_SPAN), steps) * costs.whole_us
 
 
 def _learn_all(learner: Learner, trade_offs_us: Float64Array, tick: Callable[[], None]) -> list[Policy]:
@@ -256,7 +279,7 @@ def _learn_all(learner: Learner, trade_offs_us: Float64Array, tick: Callable[[],
     previous: tuple[Choices, ...] = ()
     for trade_off_us in trade_offs_us:
         previous = (learner.learn(float(trade_off_us), previous),)
-        policies.append(to_policy(learner.table.exits, previous[0]))
+        policies.append(to_policy(learner.table.topology, previous[0]))
         tick()
     return policies
 
@@ -296,14 +319,15 @@ def _monotone(estimates: Sequence[Evaluation]) -> tuple[Float64Array, Float64Arr
     return np.asarray(drops, np.float64), np.asarray(times_us, np.float64)
 
 
-def _join(results: Sequence[Evaluation], rows: Sequence[NDArray[np.intp]]) -> Evaluation:
+def _join(results: Sequence[Evaluation], rows: Sequence[NDArray[np.intp]], topology: Topology) -> Evaluation:
     """One evaluation of all rows from those of the folds."""
     back = np.argsort(np.concatenate(rows))
     exit_index = np.concatenate([r.exit_index for r in results])[back]
     correct = np.concatenate([r.correct for r in results])[back]
     backbone_correct = np.concatenate([r.backbone_correct for r in results])[back]
     time_us = np.concatenate([r.time_us for r in results])[back]
-    return summarise(tuple(results[0].exit_rates), exit_index, correct, backbone_correct, time_us)
+    passed = np.concatenate([r.passed for r in results])[back]
+    return summarise(topology, exit_index, correct, backbone_correct, time_us, passed)
 
 
 def pareto(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, ...]:

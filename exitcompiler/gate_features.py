@@ -6,12 +6,20 @@ from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 
-from exitcompiler.gate_search import Direction
+from exitcompiler.gate_search import Action, Direction, Plane
 from exitcompiler.scores import FEATURES, BoolArray, HeadKey, ScoreTable
 
-__all__ = ["Loss", "loss_direction", "losses", "max_probability", "smoothed_losses", "weighted_direction"]
+__all__ = [
+    "Loss",
+    "cost_plane",
+    "loss_direction",
+    "losses",
+    "max_probability",
+    "smoothed_losses",
+    "weighted_direction",
+]
 
 Loss: TypeAlias = Literal["excess", "net"]
 """What leaving may cost: being wrong where the backbone is right, or that less the reverse."""
@@ -46,9 +54,9 @@ def smoothed_losses(table: ScoreTable, loss: Loss) -> dict[HeadKey, Float64Array
 
     Where a head agrees with the backbone the loss is zero, whatever the label. Where they disagree
     the label decides between worse, equal and better, and a multinomial regression on both networks'
-    log odds for both classes, over all heads together, tells how likely each is. Putting this
-    expectation for the realised loss (Rao-Blackwell) keeps its mean and takes away most of the noise
-    that an exact search would fit: a few dozen rows decide where a threshold lies.
+    log odds for both classes, over all heads together with an intercept for each, tells how likely each
+    is. Putting this expectation for the realised loss (Rao-Blackwell) keeps every head's mean and takes
+    away most of the noise that an exact search would fit: a few dozen rows decide where a threshold lies.
 
     Without labels the backbone's answer is the target and nothing is left to expect.
 
@@ -87,6 +95,8 @@ def _disagreement_features(table: ScoreTable, key: HeadKey) -> Float64Array:
     for logits in (table.backbone_logits, table.heads[key].logits):
         p = _softmax(logits)
         columns += [np.log((p[rows, label] + 1e-4) / (1.0 - p[rows, label] + 1e-4)) for label in classes]
+    # Without it a committee would be taken for as often wrong as the networks in it.
+    columns += [np.full(table.rows, float(key == other)) for other in table.heads]
     return np.stack(columns, axis=1)
 
 
@@ -157,6 +167,33 @@ def weighted_direction(
     mean, scale = _standard(features)
     stake = np.abs(gain_us[rows])
     return Direction.of(table, reads, _coefficients((features - mean) / scale, label, stake) / scale)
+
+
+def cost_plane(
+    table: ScoreTable,
+    actions: tuple[Action, ...],
+    reads: tuple[HeadKey, ...],
+    action_us: Float64Array,
+    arrives: BoolArray,
+) -> Plane:
+    """Cost-sensitive classification among several actions: regress the cost of each, take the least.
+
+    How Bolukbasi et al. 2017 learn a node with more than two actions is not known; this is the plain
+    reduction to regression (ridge, on standardised features), whose biases are then searched.
+
+    Args:
+        table: The rows.
+        actions: Three or more.
+        reads: Whose confidences to score, one of the site's own first.
+        action_us: ``float64[n, actions]``: what each action costs each row.
+        arrives: ``bool[n]``: the rows to learn on.
+    """
+    features = table.features(reads).astype(np.float64)
+    mean, scale = _standard(features[arrives])
+    model = Ridge(alpha=1.0 / STRENGTH).fit((features[arrives] - mean) / scale, action_us[arrives])
+    weight = -model.coef_ / scale
+    bias = -model.intercept_ - weight @ mean
+    return Plane(actions, reads, weight, bias, features @ weight.T + bias)
 
 
 def _coefficients(features: Float64Array, label: BoolArray, weight: Float64Array) -> Float64Array:

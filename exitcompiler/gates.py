@@ -17,19 +17,23 @@ from typing import Final
 
 import numpy as np
 
+from exitcompiler.costs import CostModel
 from exitcompiler.errors import CalibrationError, InputError
+from exitcompiler.evaluation import evaluate
 from exitcompiler.gate_features import (
     Float64Array,
     Loss,
+    cost_plane,
     loss_direction,
     losses,
     max_probability,
     smoothed_losses,
     weighted_direction,
 )
-from exitcompiler.gate_search import Choices, Direction, Problem, search, to_policy
-from exitcompiler.policies import CostModel, Policy, evaluate
+from exitcompiler.gate_search import Action, Choices, Direction, Plane, Problem, to_policy
+from exitcompiler.policies import Policy
 from exitcompiler.scores import HeadKey, ScoreTable
+from exitcompiler.site_search import known_heads, known_sites, search
 
 __all__ = [
     "FEWEST_ROWS",
@@ -115,7 +119,7 @@ class Learner:
         if not self.recipe.linear:
             return choices
         for _ in range(ROUNDS):
-            relearned = replace(problem, directions=self._relearn(problem, choices))
+            relearned = self._relearn(problem, choices)
             value_us, trial = search(relearned, (choices,), self.allowed)
             if value_us >= best_us:
                 break
@@ -123,25 +127,52 @@ class Learner:
         return choices
 
     def _fits(self, choices: Choices) -> bool:
-        return all(choice is None or ok for choice, ok in zip(choices, self.allowed, strict=True))
+        sites = zip(choices, self.table.topology.ways, self.allowed, strict=False)
+        return all(ok or not (choice.reads or (ways and not choice.targets)) for choice, ways, ok in sites)
 
-    def _relearn(self, problem: Problem, choices: Choices) -> dict[HeadKey, tuple[Direction, ...]]:
-        """Directions for the rows that arrive at each exit under the current choices."""
-        later_us = problem.suffixes_us(choices)
-        arrives = np.ones(self.table.rows, np.bool_)
-        kept: list[HeadKey] = []
+    def _relearn(self, problem: Problem, choices: Choices) -> Problem:
+        """Directions and planes for the rows that arrive at each site under the current choices."""
+        later_us = problem.values_us(choices)
+        arrivals = problem.arrivals(choices)
+        known = known_sites(problem, choices)
         directions = dict(self.directions)
-        for index, (name, choice) in enumerate(zip(self.table.exits, choices, strict=True)):
-            for kind in self.table.kinds(name):
-                key = (name, kind)
-                gain_us = later_us[index] - problem.penalty_us[key]
-                ways = [(key,)] + ([(key, *kept)] if kept and self.recipe.earlier else [])
-                fresh = [weighted_direction(self.table, reads, gain_us, arrives) for reads in ways]
+        planes: dict[str, tuple[Plane, ...]] = {}
+        for place, site in enumerate(self.table.exits):
+            ways = self.table.topology.ways[place]
+            passed = {self.table.exits[before] for before in known[place]}
+            if not ways:
+                continue
+            arrives = arrivals[place] if arrivals[place].any() else ~arrivals[place]
+            targets = choices[place].targets or ways
+            onward = max(targets, key=lambda way: np.sum(arrives & choices[place].takes(way)))
+            earlier = self._earlier(problem, choices, place, known[place], passed)
+            for kind in self.table.kinds(site):
+                key = (site, kind)
+                if not passed.issuperset(self.table.needs(key)):
+                    continue
+                reads = [(key,), *([(key, *earlier)] if earlier else [])]
+                gain_us = later_us[onward] - problem.penalty_us[key]
+                fresh = [weighted_direction(self.table, read, gain_us, arrives) for read in reads]
                 directions[key] += tuple(direction for direction in fresh if direction is not None)
-            if choice is not None:
-                kept.append(choice.head)
-                arrives = arrives & ~choice.leaves(self.table.rows)
-        return directions
+                if len(ways) > 1:
+                    actions: tuple[Action, ...] = (kind, *ways)
+                    cost = np.stack([problem.action_us(place, a, later_us) for a in actions], axis=1)
+                    found = [cost_plane(self.table, actions, read, cost, arrives) for read in reads]
+                    planes[site] = (*planes.get(site, ()), *found)
+        return replace(problem, directions=directions, planes=planes)
+
+    def _earlier(
+        self, problem: Problem, choices: Choices, place: int, known: Collection[int], passed: Collection[str]
+    ) -> tuple[HeadKey, ...]:
+        """What a site may read of those that every row has passed: their scores, and agreement with them."""
+        if not self.recipe.earlier:
+            return ()
+        site = self.table.exits[place]
+        agreements = [key for key in self.table.agreements if key[0] == site]
+        return (
+            *known_heads(problem, choices, known),
+            *(key for key in agreements if set(self.table.needs(key)) <= set(passed)),
+        )
 
 
 def prepare(
@@ -197,9 +228,10 @@ def require_costs(table: ScoreTable, costs: CostModel) -> None:
     Raises:
         InputError: Naming what is missing.
     """
-    if len(costs.segment_us) != len(table.exits) + 1:
-        raise InputError(f"{len(costs.segment_us)} segments for {len(table.exits)} exits", where="cost model")
-    missing = [key for key in table.heads if key not in costs.head_us]
+    places = table.topology.places
+    if len(costs.segment_us) != len(places):
+        raise InputError(f"{len(costs.segment_us)} segments for {len(places)} places", where="cost model")
+    missing = [key for key in (*table.heads, *table.agreements) if key not in costs.head_us]
     if missing:
         raise InputError(f"no times for the heads {missing}", where="cost model")
 
@@ -235,7 +267,7 @@ def learn_policy(
     judged = []
     for recipe in recipes:
         choices = prepare(learn, costs, recipe, allowed).learn(trade_off_us)
-        policy = to_policy(learn.exits, choices)
+        policy = to_policy(learn.topology, choices)
         result = evaluate(policy, tune, costs)
         judged.append((result.mean_us + trade_off_us * result.accuracy_drop, policy))
         _logger.debug("%s: objective %.1f us on %d tuning rows", recipe, judged[-1][0], tune.rows)

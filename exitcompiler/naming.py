@@ -1,18 +1,41 @@
-"""How exits, heads and their values are called, everywhere."""
+"""How networks, exits, heads and their values are called, everywhere."""
 
 from __future__ import annotations
 
 import re
-from typing import Final, Literal, TypeAlias
+from collections.abc import Iterable
+from typing import Final
 
-__all__ = ["BACKBONE", "DEEP", "LINEAR", "HeadKind", "head_exit", "identifier", "value_name"]
+__all__ = [
+    "BACKBONE",
+    "DEEP",
+    "LINEAR",
+    "OWN",
+    "agreement_with",
+    "head_exit",
+    "identifier",
+    "together_with",
+    "value_name",
+]
 
-HeadKind: TypeAlias = Literal["linear", "deep"]
 LINEAR: Final = "linear"
 DEEP: Final = "deep"
 
+OWN: Final = "own"
+"""What answers at the end of a network of a cascade: its own classifier."""
+
 BACKBONE: Final = "backbone"
 """The exit at the end of the network, which answers with the backbone's own logits."""
+
+
+def together_with(networks: Iterable[str]) -> str:
+    """The kind of head that answers with the mean of this network and earlier ones: ``with a+b``."""
+    return f"with {'+'.join(networks)}"
+
+
+def agreement_with(network: str) -> str:
+    """The features that say how far a network agrees with an earlier one: ``agreement with a``."""
+    return f"agreement with {network}"
 
 
 def identifier(name: str) -> str:
@@ -28,4 +51,4 @@ def head_exit(exit_name: str, kind: str) -> str:
 
 def value_name(exit_name: str, kind: str, what: str) -> str:
     """A value that a head makes: ``layer1_8_deep_logits``."""
-    return f"{identifier(exit_name)}_{kind}_{what}"
+    return f"{identifier(exit_name)}_{identifier(kind)}_{what}"

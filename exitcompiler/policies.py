@@ -1,42 +1,42 @@
-"""Policies over cached scores: what each exit does, what it costs, and how good it is."""
+"""Policies: what is done at each site, as plain data."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exitcompiler.controlflow import ConstantGate, Gate, LinearGate
+from exitcompiler.costs import Step
 from exitcompiler.errors import InputError
-from exitcompiler.scores import BACKBONE, FEATURES, BoolArray, HeadKey, IntArray, ScoreTable
+from exitcompiler.naming import OWN
+from exitcompiler.scores import FEATURES, BoolArray, HeadKey, IntArray, ScoreTable
+from exitcompiler.topology import Topology, passed_before
 
-__all__ = [
-    "CostModel",
-    "Decision",
-    "Evaluation",
-    "GoOn",
-    "Leave",
-    "LinearRule",
-    "Policy",
-    "evaluate",
-    "evaluate_routes",
-    "gate_of",
-    "summarise",
-]
+__all__ = ["Decision", "GoOn", "Leave", "LinearRule", "Policy", "gate_of", "leave_above", "widen"]
 
 
 @dataclass(frozen=True)
 class GoOn:
-    """No row leaves: the exit is not built."""
+    """Rows go on; where this is all a site does, its heads are not built.
+
+    Args:
+        target: The site that comes next, in a cascade also the first one of another network; None: the
+            next place of the same network.
+    """
+
+    target: str | None = None
 
 
 @dataclass(frozen=True)
 class Leave:
-    """Every row leaves with this head: the network ends here.
+    """Rows are answered; where this is all a site does, the program ends there.
 
     Args:
         head: The kind of head that answers.
@@ -47,291 +47,276 @@ class Leave:
 
 @dataclass(frozen=True)
 class LinearRule:
-    """A row leaves where ``weight . features + bias >= 0``.
-
-    As a program's gate: ``LinearGate(reads, weight=(weight, zeros), bias=(bias, 0))``: action 0
-    leaves, action 1 goes on, a tie leaves.
+    """A row takes the action with the highest linear score; a tie goes to the first.
 
     Args:
-        head: The kind of head that answers.
-        reads: The heads whose confidences are the features: the exit's own first, then those of
-            earlier kept exits (with the head they are kept with).
-        weight: One number per feature, three for each entry of ``reads``.
-        bias: The intercept.
+        actions: What there is to choose among, one of them at most ``Leave``.
+        reads: The heads whose confidences are the features: one of the site's own first, then others of
+            its own, or those of earlier sites that every row has passed.
+        weight: ``[actions][3 * len(reads)]``.
+        bias: ``[actions]``.
     """
 
-    head: str
+    actions: tuple[Leave | GoOn, ...]
     reads: tuple[HeadKey, ...]
-    weight: tuple[float, ...]
-    bias: float
+    weight: tuple[tuple[float, ...], ...]
+    bias: tuple[float, ...]
+
+    @property
+    def head(self) -> str:
+        """The kind of head that answers; where none does, the one whose confidence comes first."""
+        return next((action.head for action in self.actions if isinstance(action, Leave)), self.reads[0][1])
+
+    def choose(self, table: ScoreTable) -> IntArray:
+        """The action of every row, ``int64[n]``."""
+        features = table.features(self.reads).astype(np.float64)
+        scores = features @ np.asarray(self.weight).T + np.asarray(self.bias)
+        return np.asarray(scores.argmax(axis=1), np.int64)
 
 
 Decision: TypeAlias = GoOn | Leave | LinearRule
 
 
-def gate_of(decision: Decision, confidences: Mapping[HeadKey, str]) -> Gate:
-    """The program's gate for a decision; edge 0 leaves, edge 1 goes on.
+def leave_above(
+    head: str, reads: tuple[HeadKey, ...], weight: Sequence[float], bias: float, onward: GoOn | None = None
+) -> LinearRule:
+    """The rule to leave where ``weight . features + bias >= 0``, and to go on elsewhere."""
+    zeros = (0.0,) * len(weight)
+    return LinearRule((Leave(head), onward or GoOn()), reads, (tuple(weight), zeros), (bias, 0.0))
+
+
+def gate_of(decision: Decision, names: Mapping[HeadKey, str]) -> Gate:
+    """The program's gate for a decision, over its actions in their order.
 
     Args:
-        decision: What the exit does.
-        confidences: (exit, head) -> the name, in the exit's own block, of that head's confidence
-            features ``float32[batch, 3]``; only what a rule reads is looked up.
+        decision: What the site does.
+        names: (site, kind) -> the name of that head's confidence features ``float32[batch, 3]``; only
+            what a rule reads is looked up.
 
     Raises:
         InputError: The rule reads a head whose confidences have no name here.
     """
-    match decision:
-        case GoOn():
-            return ConstantGate(action=1, actions=2)
-        case Leave():
-            return ConstantGate(action=0, actions=2)
-        case LinearRule(reads=reads, weight=weight, bias=bias):
-            missing = [key for key in reads if key not in confidences]
-            if missing:
-                raise InputError(f"the confidences of {missing} do not reach the exit", where="gate")
-            names = tuple(confidences[key] for key in reads)
-            return LinearGate(names, (weight, (0.0,) * len(weight)), (bias, 0.0))
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Measured mean times, in microseconds per row.
-
-    Args:
-        segment_us: The backbone's segments: one before each exit and one after the last.
-        head_us: (exit, head kind) -> the head alone.
-        gate_us: What a kept gate adds: its own arithmetic and the dispatch between two blocks.
-        plain_us: The untouched backbone, measured as a whole; None: the sum of the segments.
-
-    Raises:
-        InputError: A time is negative, NaN or infinite.
-    """
-
-    segment_us: tuple[float, ...]
-    head_us: Mapping[HeadKey, float]
-    gate_us: float = 0.0
-    plain_us: float | None = None
-
-    def __post_init__(self) -> None:
-        times = (*self.segment_us, *self.head_us.values(), self.gate_us, self.whole_us)
-        if not self.segment_us or not all(math.isfinite(t) and t >= 0 for t in times):
-            raise InputError("times must be finite and not negative", where="cost model")
-
-    @property
-    def whole_us(self) -> float:
-        """The time of the untouched backbone."""
-        return sum(self.segment_us) if self.plain_us is None else self.plain_us
-
-    def overhead_us(self, exit_name: str, decision: Decision) -> float:
-        """What an exit's head and gate cost each row that arrives there."""
-        match decision:
-            case GoOn():
-                return 0.0
-            case Leave(head):
-                return self.head_us[exit_name, head]
-            case LinearRule(head=head):
-                return self.head_us[exit_name, head] + self.gate_us
-
-    def leave_us(self, policy: Policy) -> NDArray[np.float64]:
-        """The time of a row that leaves at each exit, and of one that never leaves.
-
-        Args:
-            policy: Over as many exits as there are segments, less one.
-
-        Returns:
-            ``float64[K + 1]``; the entry of an exit that is not kept is the time to pass it.
-
-        Raises:
-            InputError: The number of exits does not fit the segments.
-        """
-        if len(policy.exits) + 1 != len(self.segment_us):
-            raise InputError(
-                f"{len(self.segment_us)} segments for {len(policy.exits)} exits", where="cost model"
-            )
-        if not policy.kept:
-            passing = np.cumsum(self.segment_us)
-            passing[-1] = self.whole_us
-            return passing
-        overheads = [self.overhead_us(n, d) for n, d in zip(policy.exits, policy.decisions, strict=True)]
-        return np.cumsum(np.asarray(self.segment_us) + np.asarray([*overheads, 0.0]))
+    if not isinstance(decision, LinearRule):
+        return ConstantGate(action=0, actions=1)
+    missing = [key for key in decision.reads if key not in names]
+    if missing:
+        raise InputError(f"the confidences of {missing} do not reach the site", where="gate")
+    return LinearGate(tuple(names[key] for key in decision.reads), decision.weight, decision.bias)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What to do at each exit.
+    """What to do at each site.
 
     Args:
-        exits: Names, in the order of the program.
-        decisions: One per exit.
+        topology: The sites.
+        decisions: One per site; those that no row comes to mean nothing.
 
     Raises:
-        InputError: A rule reads what the program does not have there.
+        InputError: Rows are sent where no way leads, or a rule reads what is not there on every way.
     """
 
-    exits: tuple[str, ...]
+    topology: Topology
     decisions: tuple[Decision, ...]
 
     def __post_init__(self) -> None:
-        if len(self.exits) != len(self.decisions):
-            raise InputError(f"{len(self.decisions)} decisions for {len(self.exits)} exits", where="policy")
-        kept: set[HeadKey] = set()
-        for name, decision in zip(self.exits, self.decisions, strict=True):
-            if isinstance(decision, GoOn):
-                continue
-            kept.add((name, decision.head))
-            if isinstance(decision, LinearRule):
-                _require_rule(name, decision, kept)
+        sites = self.topology.sites
+        if len(sites) != len(self.decisions):
+            raise InputError(f"{len(self.decisions)} decisions for {len(sites)} sites", where="policy")
+        for place, passed in enumerate(self._passed[: len(sites)]):
+            decision = self.decisions[place]
+            if passed is not None and isinstance(decision, LinearRule):
+                _require_rule(sites[place], decision, self._computed(passed))
 
     @classmethod
-    def plain(cls, exits: tuple[str, ...]) -> Policy:
-        """The policy that never leaves."""
-        return cls(exits, (GoOn(),) * len(exits))
+    def plain(cls, topology: Topology) -> Policy:
+        """The policy that answers every row with the backbone, or with the reference network, alone."""
+        decisions: list[Decision] = [GoOn() for _ in topology.sites]
+        path = topology.reference
+        for place, target in itertools.pairwise(path):
+            if topology.follows[target] != place:
+                decisions[place] = GoOn(topology.sites[target])
+        if not topology.tail:
+            decisions[-1] = Leave(OWN)
+        return cls(topology, tuple(decisions))
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """The sites' names."""
+        return self.topology.sites
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """What happens at each place."""
+        steps = tuple(self._step(place, decision) for place, decision in enumerate(self.decisions))
+        return (*steps, Step()) if self.topology.tail else steps
+
+    @cached_property
+    def _passed(self) -> list[frozenset[int] | None]:
+        passed = passed_before([step.targets for step in self.steps])
+        for place, decision in enumerate(self.decisions):
+            if passed[place] is not None and isinstance(decision, GoOn):
+                self._target(place, decision)
+        return passed
+
+    def _computed(self, passed: Iterable[int]) -> set[HeadKey]:
+        """The heads that have been computed where these places were passed."""
+        gated = [place for place in passed if self.steps[place].gated]
+        own = {(self.topology.sites[place], OWN) for place in gated}  # a network that ran has answered
+        return own.union(*(self.steps[place].heads for place in gated))
 
     @property
     def kept(self) -> dict[str, Leave | LinearRule]:
-        """The exits to build, in order: up to the first where every row leaves."""
-        return dict(self._kept())
+        """The sites to build, in order: where rows come and something is decided or answered."""
+        found = zip(self.topology.sites, self.decisions, self._passed, strict=False)
+        return {
+            site: decision
+            for site, decision, passed in found
+            if passed is not None and not isinstance(decision, GoOn)
+        }
 
-    def _kept(self) -> Iterator[tuple[str, Leave | LinearRule]]:
-        for name, decision in zip(self.exits, self.decisions, strict=True):
-            if isinstance(decision, GoOn):
-                continue
-            yield name, decision
-            if isinstance(decision, Leave):
-                return
+    @property
+    def live(self) -> tuple[str, ...]:
+        """The sites that rows come to, in order."""
+        return tuple(s for s, before in zip(self.exits, self._passed, strict=False) if before is not None)
 
-    def route(self, table: ScoreTable) -> IntArray:
-        """Where each row leaves.
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row is answered by the backbone, or the reference network, alone."""
+        kept = self.kept
+        if self.topology.tail:
+            return not kept
+        return kept == {self.topology.sites[-1]: Leave(OWN)}
+
+    def targets(self, site: str) -> tuple[int | None, ...]:
+        """Per action of a site's decision the place that rows go on to; None where they leave."""
+        place = self.topology.sites.index(site)
+        decision = self.decisions[place]
+        actions = decision.actions if isinstance(decision, LinearRule) else (decision,)
+        return tuple(None if isinstance(a, Leave) else self._target(place, a) for a in actions)
+
+    def walk(self, table: ScoreTable) -> tuple[BoolArray, IntArray]:
+        """The way of every row.
 
         Returns:
-            ``int64[n]``: an index into ``exits``, or ``len(exits)`` for the backbone.
+            Which places each row passes, ``bool[n, places]``, and where it is answered, ``int64[n]``.
 
         Raises:
-            InputError: The table has other exits.
+            InputError: The table has other sites.
         """
-        self._require_exits(table)
-        place = {name: index for index, name in enumerate(self.exits)}
-        left = np.full(table.rows, len(self.exits), np.int64)
-        for name, decision in self.kept.items():
-            open_rows = left == len(self.exits)
-            if isinstance(decision, LinearRule):
-                features = table.features(decision.reads).astype(np.float64)
-                open_rows &= features @ np.asarray(decision.weight) + decision.bias >= 0.0
-            left[open_rows] = place[name]
-        return left
+        if table.topology != self.topology:
+            raise InputError(f"the table has sites {list(table.exits)}, the policy {list(self.exits)}")
+        passed = np.zeros((table.rows, len(self.topology.places)), np.bool_)
+        passed[:, 0] = True
+        answered = np.full(table.rows, passed.shape[1] - 1, np.int64)
+        for place, site in enumerate(self.topology.sites):
+            before = self._passed[place]
+            if before is None:
+                continue
+            self._require_needs(table, place, before)
+            decision, here = self.decisions[place], passed[:, place]
+            targets = self.targets(site)
+            action = decision.choose(table) if isinstance(decision, LinearRule) else None
+            for number, target in enumerate(targets):
+                taken: NDArray[np.bool_] = here if action is None else here & (action == number)
+                if target is None:
+                    answered[taken] = place
+                else:
+                    passed[:, target] |= taken
+        return passed, answered
 
-    def _require_exits(self, table: ScoreTable) -> None:
-        if table.exits != self.exits:
-            raise InputError(f"the table has exits {list(table.exits)}, the policy {list(self.exits)}")
+    def _require_needs(self, table: ScoreTable, place: int, passed: Iterable[int]) -> None:
+        ran = {self.topology.sites[before] for before in passed if self.steps[before].gated}
+        missing = {site for key in self.steps[place].heads for site in table.needs(key)} - ran
+        if missing:
+            raise InputError(
+                f"uses scores of {sorted(missing)}, which not every row has passed",
+                where=f"site {self.topology.sites[place]!r}",
+            )
+
+    def _step(self, place: int, decision: Decision) -> Step:
+        site = self.topology.sites[place]
+        match decision:
+            case GoOn(target=None) if not self._has_next(place):
+                return Step()  # no row comes here, or it is refused below
+            case GoOn():
+                return Step((self._target(place, decision),))
+            case Leave(head):
+                return Step((), ((site, head),))
+            case LinearRule():
+                onward = [a for a in decision.actions if isinstance(a, GoOn)]
+                heads = [(site, a.head) for a in decision.actions if isinstance(a, Leave)]
+                heads += [key for key in decision.reads if key[0] == site]
+                targets = tuple(self._target(place, action) for action in onward)
+                return Step(targets, tuple(dict.fromkeys(heads)), gated=True)
+
+    def _has_next(self, place: int) -> bool:
+        return any(self.topology.follows[way] == place for way in self.topology.ways[place])
+
+    def _target(self, place: int, action: GoOn) -> int:
+        ways, places = self.topology.ways[place], self.topology.places
+        for way in ways:
+            if self.topology.follows[way] == place if action.target is None else places[way] == action.target:
+                return way
+        raise InputError(
+            f"no way leads from {places[place]!r} to {action.target or 'a next place'!r}",
+            where="policy",
+            remedy=f"ways lead to {[places[way] for way in ways]}",
+        )
 
 
-def _require_rule(name: str, rule: LinearRule, kept: set[HeadKey]) -> None:
-    where = f"rule of exit {name!r}"
-    if not rule.reads or rule.reads[0] != (name, rule.head):
-        raise InputError(f"must read its own head first, reads {list(rule.reads)}", where=where)
-    missing = [key for key in rule.reads if key not in kept]
+def _require_rule(site: str, rule: LinearRule, computed: set[HeadKey]) -> None:
+    where = f"rule of site {site!r}"
+    if not rule.reads or rule.reads[0][0] != site:
+        raise InputError(f"must read a head of its own first: reads {list(rule.reads)}", where=where)
+    missing = [key for key in rule.reads if key[0] != site and key not in computed]
     if missing:
-        raise InputError(f"reads {missing}, not kept at or before this exit", where=where)
-    if len(rule.weight) != FEATURES * len(rule.reads):
-        raise InputError(f"{len(rule.weight)} weights for {len(rule.reads)} heads of 3 features", where=where)
-    if not all(map(math.isfinite, (*rule.weight, rule.bias))):
+        raise InputError(f"reads {missing}, not computed on every way to this site", where=where)
+    width = FEATURES * len(rule.reads)
+    if len(rule.weight) != len(rule.actions) or any(len(row) != width for row in rule.weight):
+        raise InputError(
+            f"weights are not [{len(rule.actions)}][{width}]: {len(rule.reads)} heads of 3 features",
+            where=where,
+        )
+    if len(rule.bias) != len(rule.actions) or sum(isinstance(a, Leave) for a in rule.actions) > 1:
+        raise InputError("needs one bias per action, and leaves in one way at most", where=where)
+    if not all(math.isfinite(v) for row in (*rule.weight, rule.bias) for v in row):
         raise InputError("weights must be finite", where=where)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """How a policy does on a table.
+def widen(policy: Policy, topology: Topology) -> Policy:
+    """A policy over some sites as one over all of a topology: at the others every row goes on.
 
     Args:
-        accuracy: Of the program.
-        backbone_accuracy: Of the backbone on the same rows.
-        excess_error: Share of rows where the program is wrong and the backbone is right.
-        mean_us: Mean time per row.
-        exit_rates: Place -> share of rows that leave there; the last is the backbone.
-        exit_accuracy: Place -> accuracy on the rows that leave there; None where none does.
-        exit_index: Where each row leaves, ``int64[n]``.
-        correct: ``bool[n]``.
-        backbone_correct: ``bool[n]``.
-        time_us: ``float64[n]``.
+        policy: Over ``topology.restrict(...)`` of some sites.
+        topology: All sites.
     """
+    few = dict(zip(policy.exits, policy.decisions, strict=True))
+    decisions: list[Decision] = [GoOn() for _ in topology.sites]
+    network_of = dict(zip(topology.places, topology.network_of, strict=True))
+    gone = [n for n, network in enumerate(topology.networks) if not any(site in few for site in network)]
 
-    accuracy: float
-    backbone_accuracy: float
-    excess_error: float
-    mean_us: float
-    exit_rates: Mapping[str, float]
-    exit_accuracy: Mapping[str, float | None]
-    exit_index: IntArray
-    correct: BoolArray
-    backbone_correct: BoolArray
-    time_us: NDArray[np.float64]
+    def target(site: str, action: GoOn) -> GoOn:
+        """The same way on, by the name that the first site of that network has here."""
+        if action.target is None:
+            return action
+        path = topology.path(network_of[site], network_of[action.target], gone)
+        for skipped, following in itertools.pairwise(path[1:]):
+            start = topology.sites.index(topology.networks[skipped][0])
+            decisions[start] = GoOn(topology.networks[following][0])
+        return GoOn(topology.networks[path[1]][0])
 
-    @property
-    def accuracy_drop(self) -> float:
-        """Net: the backbone's accuracy minus the program's; negative where the program is better."""
-        return self.backbone_accuracy - self.accuracy
-
-
-def evaluate(policy: Policy, table: ScoreTable, costs: CostModel) -> Evaluation:
-    """Judge a policy on cached scores.
-
-    Raises:
-        InputError: The policy, the table and the costs are not about the same exits.
-    """
-    heads = [None if isinstance(d, GoOn) else d.head for d in policy.decisions]
-    return evaluate_routes(policy.route(table), heads, costs.leave_us(policy), table)
-
-
-def evaluate_routes(
-    exit_index: IntArray,
-    heads: Sequence[str | None],
-    leave_us: NDArray[np.float64],
-    table: ScoreTable,
-) -> Evaluation:
-    """Judge given places to leave.
-
-    Args:
-        exit_index: ``int64[n]``, ``len(exits)`` for the backbone.
-        heads: Per exit the head that answers; None where nobody leaves.
-        leave_us: Per exit, then for the backbone, the time of a row that leaves there.
-        table: The scores.
-    """
-    correct = table.backbone_correct.copy()
-    for index, (name, head) in enumerate(zip(table.exits, heads, strict=True)):
-        here = exit_index == index
-        if head is not None and here.any():
-            correct[here] = table.correct((name, head))[here]
-    names = (*table.exits, BACKBONE)
-    return summarise(names, exit_index, correct, table.backbone_correct, leave_us[exit_index])
-
-
-def summarise(
-    places: Sequence[str],
-    exit_index: IntArray,
-    correct: BoolArray,
-    backbone_correct: BoolArray,
-    time_us: NDArray[np.float64],
-) -> Evaluation:
-    """The evaluation that per-row results add up to.
-
-    Args:
-        places: The exits' names, then the backbone's.
-        exit_index: ``int64[n]``, into ``places``.
-        correct: ``bool[n]``.
-        backbone_correct: ``bool[n]``.
-        time_us: ``float64[n]``.
-    """
-    counts = np.bincount(exit_index, minlength=len(places))
-    right = np.bincount(exit_index, weights=correct, minlength=len(places))
-    return Evaluation(
-        accuracy=float(correct.mean()),
-        backbone_accuracy=float(backbone_correct.mean()),
-        excess_error=float((backbone_correct & ~correct).mean()),
-        mean_us=float(time_us.mean()),
-        exit_rates={n: float(c / len(correct)) for n, c in zip(places, counts, strict=True)},
-        exit_accuracy={n: float(r / c) if c else None for n, c, r in zip(places, counts, right, strict=True)},
-        exit_index=exit_index,
-        correct=correct,
-        backbone_correct=backbone_correct,
-        time_us=time_us,
-    )
+    entry = network_of[policy.exits[0]] if policy.exits else 0
+    for skipped, following in itertools.pairwise(topology.path(0, entry, gone) if entry else ()):
+        start = topology.sites.index(topology.networks[skipped][0])
+        decisions[start] = GoOn(topology.networks[following][0])
+    for place, site in enumerate(topology.sites):
+        match few.get(site):
+            case GoOn() as action:
+                decisions[place] = target(site, action)
+            case LinearRule() as rule:
+                actions = tuple(a if isinstance(a, Leave) else target(site, a) for a in rule.actions)
+                decisions[place] = replace(rule, actions=actions)
+            case Leave() as answer:
+                decisions[place] = answer
+    return Policy(topology, tuple(decisions))

@@ -7,8 +7,8 @@ on; policies are then learned and judged on these numbers alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, TypeAlias
 
@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from exitcompiler.errors import CalibrationError
 from exitcompiler.naming import BACKBONE
+from exitcompiler.topology import Topology
 
 __all__ = [
     "BACKBONE",
     "FEATURES",
+    "Agreement",
     "BoolArray",
     "FloatArray",
     "HeadKey",
@@ -34,7 +36,7 @@ FloatArray: TypeAlias = NDArray[np.floating]
 IntArray: TypeAlias = NDArray[np.int64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 HeadKey: TypeAlias = tuple[str, str]
-"""An exit's name and the kind of its head, ``("layer1.8", "deep")``."""
+"""A site's name and the kind of head there, ``("layer1.8", "deep")``."""
 
 FEATURES: Final = 3
 """How many confidence features a head has: max probability, margin, normalised entropy."""
@@ -67,14 +69,17 @@ class HeadScores:
     """The logits of one head on all rows.
 
     Args:
-        exit: The exit's name.
-        head: The kind of head, "linear" or "deep".
+        exit: The site's name.
+        head: The kind of head, "linear" or "deep"; at the end of a network of a cascade also others.
         logits: ``float32[n, classes]``.
+        needs: Other sites whose scores go into these: the head exists only where all of them were
+            passed on every way in.
     """
 
     exit: str
     head: str
     logits: FloatArray
+    needs: tuple[str, ...] = ()
 
     @cached_property
     def prediction(self) -> IntArray:
@@ -88,7 +93,7 @@ class HeadScores:
 
     def take(self, rows: NDArray[np.integer]) -> HeadScores:
         """The scores of some rows; what is already derived is not derived again."""
-        part = HeadScores(self.exit, self.head, self.logits[rows])
+        part = HeadScores(self.exit, self.head, self.logits[rows], self.needs)
         for name in ("prediction", "confidence"):
             if name in self.__dict__:
                 part.__dict__[name] = self.__dict__[name][rows]
@@ -96,24 +101,43 @@ class HeadScores:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How far a network agrees with one that ran before it, on all rows.
+
+    Args:
+        confidence: ``float32[n, 3]``: see ``exitcompiler.committee_scores.agreement_features``.
+        needs: The other network's site.
+    """
+
+    confidence: FloatArray
+    needs: tuple[str, ...]
+
+    def take(self, rows: NDArray[np.integer]) -> Agreement:
+        """The features of some rows."""
+        return Agreement(self.confidence[rows], self.needs)
+
+
+@dataclass(frozen=True)
 class ScoreTable:
     """All heads' scores on the same rows, with the backbone's.
 
     Args:
-        exits: Names, in the order of the program.
-        heads: (exit, head kind) -> scores; every exit has at least one head.
-        backbone_logits: ``float32[n, classes]``.
+        topology: The sites, and where rows may go from each.
+        heads: (site, head kind) -> scores; every site has at least one head that needs no other site.
+        backbone_logits: ``float32[n, classes]``; in a cascade those of the reference network.
         labels: ``int64[n]`` in ``0..classes-1``, or None: the target is then agreement with the backbone.
+        agreements: (site, kind) -> further features that gates may read there.
 
     Raises:
         CalibrationError: Lengths differ, a score is NaN or infinite, a label is out of range, or
             there are no rows.
     """
 
-    exits: tuple[str, ...]
+    topology: Topology
     heads: Mapping[HeadKey, HeadScores]
     backbone_logits: FloatArray
     labels: IntArray | None = None
+    agreements: Mapping[HeadKey, Agreement] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = self.backbone_logits.shape
@@ -123,8 +147,6 @@ class ScoreTable:
                 remedy="give at least one row, and a classifier of two classes or more",
             )
         _require_finite(self.backbone_logits, BACKBONE)
-        if len(set(self.exits)) != len(self.exits) or BACKBONE in self.exits:
-            raise CalibrationError(f"exit names must be unique and not {BACKBONE!r}: {list(self.exits)}")
         for key, scores in self.heads.items():
             where = f"head {key[1]!r} of exit {key[0]!r}"
             if key[0] not in self.exits:
@@ -135,10 +157,15 @@ class ScoreTable:
                 )
             _require_finite(scores.logits, where)
         for name in self.exits:
-            if not self.kinds(name):
+            if all(self.heads[name, kind].needs for kind in self.kinds(name)):
                 raise CalibrationError("no head has scores here", where=f"exit {name!r}")
         if self.labels is not None:
             _require_labels(self.labels, shape)
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Names of the sites, in the order of the program."""
+        return self.topology.sites
 
     @property
     def rows(self) -> int:
@@ -165,24 +192,42 @@ class ScoreTable:
         return np.asarray(self.heads[key].prediction == self.targets, np.bool_)
 
     def kinds(self, exit_name: str) -> tuple[str, ...]:
-        """The kinds of head an exit has, in the order given."""
+        """The kinds of head a site has, in the order given."""
         return tuple(kind for name, kind in self.heads if name == exit_name)
 
+    def needs(self, key: HeadKey) -> tuple[str, ...]:
+        """The other sites that have to be passed before these scores can be had."""
+        return (self.heads[key] if key in self.heads else self.agreements[key]).needs
+
     def features(self, reads: Sequence[HeadKey]) -> NDArray[np.float32]:
-        """The concatenated confidence features of several heads, ``float32[n, 3 * len(reads)]``."""
-        return np.concatenate([self.heads[key].confidence for key in reads], axis=1)
+        """The concatenated features of several heads or agreements, ``float32[n, 3 * len(reads)]``."""
+        sources = [self.heads[key] if key in self.heads else self.agreements[key] for key in reads]
+        return np.concatenate([source.confidence for source in sources], axis=1)
 
     def take(self, rows: NDArray[np.integer]) -> ScoreTable:
         """The table of some rows, in the order given (repetitions allowed)."""
         part = object.__new__(ScoreTable)
         values = {
-            "exits": self.exits,
+            "topology": self.topology,
             "heads": {key: scores.take(rows) for key, scores in self.heads.items()},
             "backbone_logits": self.backbone_logits[rows],
             "labels": None if self.labels is None else self.labels[rows],
+            "agreements": {key: found.take(rows) for key, found in self.agreements.items()},
         }
         part.__dict__.update(values)  # the rows were checked with the whole table
         return part
+
+    def restrict(self, sites: Collection[str]) -> ScoreTable:
+        """The table of some sites; what needs another one is left out."""
+        topology = self.topology.restrict(sites)
+        names = set(topology.sites)
+
+        def kept(key: HeadKey) -> bool:
+            return key[0] in names and names.issuperset(self.needs(key))
+
+        heads = {key: scores for key, scores in self.heads.items() if kept(key)}
+        agreements = {key: found for key, found in self.agreements.items() if kept(key)}
+        return ScoreTable(topology, heads, self.backbone_logits, self.labels, agreements)
 
 
 def _require_finite(logits: FloatArray, where: str) -> None:

@@ -19,6 +19,7 @@ from exitcompiler.baselines import (
 )
 from exitcompiler.errors import InputError
 from exitcompiler.scores import HeadScores, ScoreTable
+from exitcompiler.topology import Topology
 
 
 def _table_of(predictions: list[list[int]], backbone: list[int], labels: list[int]) -> ScoreTable:
@@ -29,7 +30,7 @@ def _table_of(predictions: list[list[int]], backbone: list[int], labels: list[in
         (name, "deep"): HeadScores(name, "deep", one_hot[classes])
         for name, classes in zip(names, predictions, strict=True)
     }
-    return ScoreTable(names, heads, one_hot[backbone], np.asarray(labels, np.int64))
+    return ScoreTable(Topology.chain(names), heads, one_hot[backbone], np.asarray(labels, np.int64))
 
 
 def test_patience_counts_agreeing_exits_in_a_row() -> None:
@@ -70,7 +71,7 @@ def test_a_shared_threshold_leaves_at_the_first_exit_that_passes_it(measure: str
     confidence = sign * np.stack([table.heads[key].confidence[:, feature] for key in exits], axis=1)
     for rival in shared_threshold(table, [exits], measure, 7):  # type: ignore[arg-type]
         rule = next(iter(rival.policy.kept.values()))
-        threshold = -rule.bias  # type: ignore[union-attr]
+        threshold = -rule.bias[0]  # type: ignore[union-attr]
         passes = confidence.astype(np.float64) >= threshold
         expected = np.where(passes.any(axis=1), passes.argmax(axis=1), len(exits))
         left = rival.evaluate(table, make_costs(table)).exit_index

@@ -8,14 +8,16 @@ from models import ZOO, captured
 
 from exitcompiler.candidates import build_program
 from exitcompiler.controlflow import OutputStructure
+from exitcompiler.costs import CostModel
 from exitcompiler.data import Rows, TrainingData
 from exitcompiler.engines import Engines, Lowerer
+from exitcompiler.evaluation import evaluate
 from exitcompiler.fitting import Fitted, fit_exits
 from exitcompiler.frontier import FrontierPoint
 from exitcompiler.interpreter import interpret
 from exitcompiler.naming import DEEP, LINEAR
 from exitcompiler.packaging import pack
-from exitcompiler.policies import CostModel, LinearRule, Policy, evaluate
+from exitcompiler.policies import Policy, leave_above
 from exitcompiler.profile import measure_costs
 from exitcompiler.progress import reporting
 from exitcompiler.runtime.backends import create_backend
@@ -47,8 +49,8 @@ def _leave_half(table: ScoreTable) -> Policy:
         median = float(np.median(table.heads[name, kind].confidence[:, 0]))
         reads = ((name, kind),) if number != 1 else ((name, kind), (table.exits[0], LINEAR))
         weight = (1.0,) + (0.0,) * (3 * len(reads) - 1)
-        decisions.append(LinearRule(kind, reads, weight, -median))
-    return Policy(table.exits, tuple(decisions))
+        decisions.append(leave_above(kind, reads, weight, -median))
+    return Policy(table.topology, tuple(decisions))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_rows_leave_where_the_oracle_says(name: str, backend: str) -> None:
     candidates = fitted.candidates
     assert candidates is not None, [place.reason for place in fitted.places]
     plain = captured(name).program
-    costs: CostModel = measure_costs(candidates, plain, engines, rows, 1)
+    costs: CostModel = measure_costs(candidates, [plain], engines, rows, 1)
     with reporting(False) as reporter, reporter.step("scoring") as step:
         table = score_rows(candidates, engines, rows, step)
     policy = _leave_half(table)
@@ -69,7 +71,7 @@ def test_rows_leave_where_the_oracle_says(name: str, backend: str) -> None:
     assert len(program.exits) == len(table.exits) + 1
     judged = evaluate(policy, table, costs)
     point = FrontierPoint(1.0, policy, judged.accuracy_drop, judged.mean_us, judged)
-    built = Built(program, point, dict.fromkeys(program.exits, 1.0), judged.mean_us)
+    built = Built(program, point, {}, judged.mean_us)
     structure = OutputStructure("tensor")
     artifact = pack([built], plain, 1.0, 1.0, structure, engines.backend, engines.lowerer, settings)
     compiled = CompiledModel(artifact, engines.backend)

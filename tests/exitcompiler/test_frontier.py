@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from score_tables import make_costs, make_table
 
 from exitcompiler.errors import CalibrationError, InputError
+from exitcompiler.evaluation import evaluate
 from exitcompiler.frontier import Frontier, FrontierPoint, pareto, sweep
 from exitcompiler.gates import Recipe
-from exitcompiler.policies import Policy, evaluate
+from exitcompiler.policies import Policy
 
 RECIPES = (Recipe("net", linear=False), Recipe("excess", linear=False))
 
@@ -140,7 +141,7 @@ def test_the_same_seed_gives_the_same_frontier() -> None:
 def test_exits_that_never_pay_leave_the_plain_backbone() -> None:
     table = make_table(rows=200, exits=1)
     frontier = sweep(table, make_costs(table, head_us=1e6), recipes=RECIPES, steps=3, folds=2)
-    assert [point.policy for point in frontier.points] == [Policy.plain(table.exits)]
+    assert [point.policy for point in frontier.points] == [Policy.plain(table.topology)]
 
 
 def test_too_few_rows_are_refused() -> None:
@@ -155,7 +156,7 @@ def test_too_few_rows_are_refused() -> None:
 @settings(max_examples=60, deadline=None)
 def test_pareto_keeps_exactly_the_unbeaten(pairs: list[tuple[int, int]]) -> None:
     table = make_table(rows=5, exits=1)
-    plain = Policy.plain(table.exits)
+    plain = Policy.plain(table.topology)
     estimate = evaluate(plain, table, make_costs(table))
     points = [FrontierPoint(1.0, plain, float(d), float(t), estimate) for d, t in pairs]
     kept = {(p.accuracy_drop, p.mean_us) for p in pareto(points)}

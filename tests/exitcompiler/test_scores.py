@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from score_tables import make_costs, make_table, random_policy
 
 from exitcompiler.controlflow import ConstantGate, LinearGate
+from exitcompiler.costs import CostModel
 from exitcompiler.errors import CalibrationError, InputError
-from exitcompiler.policies import CostModel, Evaluation, GoOn, Leave, LinearRule, Policy, evaluate, gate_of
+from exitcompiler.evaluation import Evaluation, evaluate
+from exitcompiler.policies import GoOn, Leave, LinearRule, Policy, gate_of, leave_above
 from exitcompiler.scores import BACKBONE, HeadScores, ScoreTable, softmax_confidence
+from exitcompiler.topology import Topology
 
 
 def test_confidence_is_max_probability_margin_and_normalised_entropy() -> None:
@@ -48,7 +51,7 @@ def test_without_labels_the_target_is_the_backbone() -> None:
 
 def _rebuild(table: ScoreTable, **changes: object) -> ScoreTable:
     values = {
-        "exits": table.exits,
+        "topology": table.topology,
         "heads": table.heads,
         "backbone_logits": table.backbone_logits,
         "labels": table.labels,
@@ -73,54 +76,54 @@ def test_bad_tables_are_refused() -> None:
     with pytest.raises(CalibrationError, match="not integers"):
         _rebuild(table, labels=table.labels.astype(np.float32))
     with pytest.raises(CalibrationError, match="no head"):
-        _rebuild(table, exits=("exit0", "other"))
-    with pytest.raises(CalibrationError, match="unique"):
-        _rebuild(table, exits=("exit0", BACKBONE))
+        _rebuild(table, topology=Topology.chain(("exit0", "other")))
 
 
 def test_times_of_leaving_add_up() -> None:
     table = make_table(rows=10)
     costs = CostModel((10.0, 20.0, 30.0, 40.0), dict.fromkeys(table.heads, 3.0), 1.0, plain_us=90.0)
-    rule = LinearRule("deep", (("exit0", "deep"),), (1.0, 0.0, 0.0), -0.5)
-    policy = Policy(table.exits, (rule, GoOn(), Leave("linear")))
-    np.testing.assert_array_equal(costs.leave_us(policy), [14.0, 34.0, 67.0, 107.0])
-    assert costs.leave_us(Policy.plain(table.exits))[-1] == 90.0
+    rule = leave_above("deep", (("exit0", "deep"),), (1.0, 0.0, 0.0), -0.5)
+    policy = Policy(table.topology, (rule, GoOn(), Leave("linear")))
+    np.testing.assert_array_equal(costs.times_us(policy.topology, policy.steps), [14.0, 20.0, 33.0, 40.0])
+    plain = Policy.plain(table.topology)
+    assert costs.times_us(plain.topology, plain.steps).sum() == 90.0
 
 
 def test_what_lies_behind_a_constant_exit_is_not_kept() -> None:
     table = make_table(rows=10)
-    policy = Policy(table.exits, (GoOn(), Leave("deep"), Leave("linear")))
+    policy = Policy(table.topology, (GoOn(), Leave("deep"), Leave("linear")))
     assert list(policy.kept) == ["exit1"]
-    assert set(policy.route(table)) == {1}
+    assert set(policy.walk(table)[1]) == {1}
 
 
 def test_rules_read_only_kept_exits_with_their_own_head_first() -> None:
-    exits = ("a", "b")
+    exits = Topology.chain(("a", "b"))
     own = ("b", "deep")
-    with pytest.raises(InputError, match="not kept"):
-        Policy(exits, (GoOn(), LinearRule("deep", (own, ("a", "deep")), (1.0,) * 6, 0.0)))
-    with pytest.raises(InputError, match="not kept"):
-        Policy(exits, (Leave("linear"), LinearRule("deep", (own, ("a", "deep")), (1.0,) * 6, 0.0)))
-    with pytest.raises(InputError, match="own head first"):
-        Policy(exits, (Leave("deep"), LinearRule("deep", (("a", "deep"), own), (1.0,) * 6, 0.0)))
+    first = leave_above("linear", (("a", "linear"),), (1.0, 0.0, 0.0), 0.0)
+    with pytest.raises(InputError, match="not computed on every way"):
+        Policy(exits, (GoOn(), leave_above("deep", (own, ("a", "deep")), (1.0,) * 6, 0.0)))
+    with pytest.raises(InputError, match="not computed on every way"):
+        Policy(exits, (first, leave_above("deep", (own, ("a", "deep")), (1.0,) * 6, 0.0)))
+    with pytest.raises(InputError, match="of its own first"):
+        Policy(exits, (first, leave_above("deep", (("a", "linear"), own), (1.0,) * 6, 0.0)))
     with pytest.raises(InputError, match="weights"):
-        Policy(exits, (GoOn(), LinearRule("deep", (own,), (1.0,), 0.0)))
+        Policy(exits, (GoOn(), leave_above("deep", (own,), (1.0,), 0.0)))
 
 
 def test_gates_of_a_program_leave_by_edge_0() -> None:
     table = make_table(rows=40)
     own, earlier = ("exit1", "deep"), ("exit0", "deep")
-    rule = LinearRule("deep", (own, earlier), (1.0, -2.0, 0.5, 1.0, 0.0, -1.0), -0.2)
+    rule = leave_above("deep", (own, earlier), (1.0, -2.0, 0.5, 1.0, 0.0, -1.0), -0.2)
     gate = gate_of(rule, {own: "own_confidence", earlier: "earlier_confidence"})
     assert isinstance(gate, LinearGate)
     assert gate.reads == ("own_confidence", "earlier_confidence")
     scores = table.features(rule.reads) @ np.asarray(gate.weight).T + np.asarray(gate.bias)
-    first = LinearRule("deep", (earlier,), (1.0, 0.0, 0.0), -2.0)
-    left = Policy(table.exits, (first, rule, GoOn())).route(table) == 1
+    first = leave_above("deep", (earlier,), (1.0, 0.0, 0.0), -2.0)
+    left = Policy(table.topology, (first, rule, GoOn())).walk(table)[1] == 1
     assert 0 < left.sum() < 40
     np.testing.assert_array_equal(scores.argmax(axis=1) == 0, left)
-    assert gate_of(Leave("deep"), {}) == ConstantGate(0, 2)
-    assert gate_of(GoOn(), {}) == ConstantGate(1, 2)
+    assert gate_of(Leave("deep"), {}) == ConstantGate(0, 1)
+    assert gate_of(GoOn(), {}) == ConstantGate(0, 1)
     with pytest.raises(InputError, match="do not reach"):
         gate_of(rule, {own: "own_confidence"})
 
@@ -139,8 +142,8 @@ def _naive(policy: Policy, table: ScoreTable, costs: CostModel) -> tuple[list[in
             elif isinstance(decision, LinearRule):
                 time_us += costs.head_us[name, decision.head] + costs.gate_us
                 values = [float(v) for key in decision.reads for v in table.heads[key].confidence[row]]
-                total = np.asarray(values) @ np.asarray(decision.weight) + decision.bias
-                leaves = bool(total >= 0)
+                leave, onward = np.asarray(decision.weight) @ np.asarray(values) + np.asarray(decision.bias)
+                leaves = bool(leave >= onward)
             if leaves:
                 assert not isinstance(decision, GoOn)
                 place, answer = index, int(table.heads[name, decision.head].prediction[row])

@@ -230,7 +230,7 @@ def test_every_exit_stands_at_the_end_of_the_block_that_computes_its_value() -> 
     value_of = {place.cut.name: place.cut.value for place in fitted.places if place.chosen}
     assert len(value_of) == 2
     for exit_name, block_name in candidates.block_of.items():
-        assert value_of[exit_name] in candidates.chain.block(block_name).results
+        assert value_of[exit_name] in candidates.program.block(block_name).results
 
 
 @pytest.mark.parametrize(
