@@ -1,53 +1,65 @@
-"""The candidate exits before anything is learned: every segment and every head as a block of its own."""
+"""The candidate sites before anything is learned: every segment and every head as a block of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from exitcompiler.controlflow import Branch, LinearGate, Return
-from exitcompiler.naming import BACKBONE, head_exit, value_name
+from exitcompiler.controlflow import Branch, LinearGate, Return, ValueSpec
+from exitcompiler.naming import head_exit, value_name
 from exitcompiler.passes.eliminate_dead_code import EliminateDeadCode
 from exitcompiler.passes.insert_exits import InsertExits
 from exitcompiler.passes.merge_blocks import MergeBlocks
 from exitcompiler.passes.pipeline import Observer, Pipeline
 from exitcompiler.passes.prune_constant_gates import PruneConstantGates
-from exitcompiler.passes.set_gates import ExitSetting, SetGates
-from exitcompiler.policies import Leave, Policy, gate_of
+from exitcompiler.passes.select_ways import SelectWays
+from exitcompiler.passes.set_gates import BranchSetting, SetGates
+from exitcompiler.policies import Leave, LinearRule, Policy, gate_of
 from exitcompiler.program import Block, ExitHead, Program
 from exitcompiler.scores import FEATURES, HeadKey
+from exitcompiler.topology import Topology
 
 __all__ = ["Candidates", "build_program"]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """A backbone cut at its candidate exits, and the heads that could answer there.
+    """One or several networks cut at their candidate exits, and the heads that could answer there.
 
     Args:
-        chain: One block per segment; the block that ends at an exit is ``block_of[exit]``.
-        exits: Exit names, in order.
-        block_of: Exit name -> name of the block at whose end it stands.
-        heads: (exit, kind) -> head, in the order of exits.
+        program: One block per place, nothing decided yet: every branch takes a constant way.
+        topology: The places.
+        block_of: Place -> name of its block.
+        heads: (site, kind) -> head; one without an answer only makes features for gates.
+        needs: (site, kind) -> other sites whose scores a head reads; heads that read none are left out.
     """
 
-    chain: Program
-    exits: tuple[str, ...]
+    program: Program
+    topology: Topology
     block_of: Mapping[str, str]
     heads: Mapping[HeadKey, ExitHead]
+    needs: Mapping[HeadKey, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Names of the sites, in order."""
+        return self.topology.sites
 
     def head_block(self, key: HeadKey) -> Block:
         """A head alone, with a gate, as a block that can be lowered and timed."""
         head = self.heads[key]
-        segment = self.chain.block(self.block_of[key[0]])
+        specs: dict[str, ValueSpec] = {}
+        for block in self.program.blocks:
+            specs |= block.values
         reads = [node.name for node in head.body.graph.nodes if node.op == "placeholder"]
         gate = LinearGate(
             (value_name(*key, "confidence"),), ((0.0,) * FEATURES, (0.0,) * FEATURES), (0.0, 0.0)
         )
-        ways = (Return(head.answer, head.exit), Return(head.answer, f"{head.exit}/on"))
+        handed_out = head.answer or tuple(head.results)
+        ways = (Return(handed_out, head.exit), Return(handed_out, f"{head.exit}/on"))
         return Block(
             name=head_exit(*key),
-            params={name: segment.values[name] for name in reads},
+            params={name: specs[name] for name in reads},
             results=head.results,
             terminator=Branch(gate, ways),
             body=head.body,
@@ -55,33 +67,62 @@ class Candidates:
 
 
 def build_program(candidates: Candidates, policy: Policy, *, observers: tuple[Observer, ...] = ()) -> Program:
-    """The program of a policy: exits inserted, gates set, constants pruned, dead code gone, blocks merged.
+    """The program of a policy: ways selected, exits inserted, gates set, and what is not needed gone.
 
     Args:
         candidates: What there is to choose from.
-        policy: Over the same exits.
+        policy: Over the same topology.
         observers: Watch every pass.
 
     Raises:
         PassError: The policy does not fit the candidates.
     """
-    kept = policy.kept
-    heads = {
-        candidates.block_of[exit_name]: [candidates.heads[exit_name, decision.head]]
-        for exit_name, decision in kept.items()
-    }
-    names = {key: value_name(*key, "confidence") for key in candidates.heads}
-    settings = {
-        exit_name: ExitSetting(gate_of(decision, names), keep=head_exit(exit_name, decision.head))
-        for exit_name, decision in kept.items()
-    }
+    final = [candidates.block_of[site] for site, d in policy.kept.items() if isinstance(d, Leave)]
     passes = (
-        InsertExits(heads),
-        SetGates(settings),
+        SelectWays(_ways(candidates, policy)),
+        InsertExits(_heads(candidates, policy), final),
+        SetGates(_settings(candidates, policy)),
         PruneConstantGates(),
         EliminateDeadCode(),
         MergeBlocks(),
     )
-    program = Pipeline(passes, observers=observers)(candidates.chain).program
-    assert program.exits[-1] == BACKBONE or any(isinstance(d, Leave) for d in kept.values())
-    return program
+    return Pipeline(passes, observers=observers)(candidates.program).program
+
+
+def _ways(candidates: Candidates, policy: Policy) -> dict[str, list[str]]:
+    """Block -> the blocks that rows go on to from there, where they go on."""
+    found = {}
+    for site in policy.live:
+        ways = [_block(candidates, target) for target in policy.targets(site) if target is not None]
+        if ways:
+            found[candidates.block_of[site]] = ways
+    return found
+
+
+def _heads(candidates: Candidates, policy: Policy) -> dict[str, list[ExitHead]]:
+    """Block -> the heads that answer there, or whose features some gate reads."""
+    rules = [decision for decision in policy.kept.values() if isinstance(decision, LinearRule)]
+    needed = {(site, d.head) for site, d in policy.kept.items()} | {key for r in rules for key in r.reads}
+    found: dict[str, list[ExitHead]] = {}
+    for key, head in candidates.heads.items():
+        if key in needed:
+            found.setdefault(candidates.block_of[key[0]], []).append(head)
+    return found
+
+
+def _settings(candidates: Candidates, policy: Policy) -> dict[str, BranchSetting]:
+    names = {key: value_name(*key, "confidence") for key in candidates.heads}
+    found = {}
+    for site, decision in policy.kept.items():
+        targets = policy.targets(site)
+        ways = tuple(
+            head_exit(site, decision.head) if target is None else _block(candidates, target)
+            for target in targets
+        )
+        exit_name = site if None in targets else None
+        found[candidates.block_of[site]] = BranchSetting(gate_of(decision, names), ways, exit_name)
+    return found
+
+
+def _block(candidates: Candidates, place: int) -> str:
+    return candidates.block_of[candidates.topology.places[place]]

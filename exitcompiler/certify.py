@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
+import networkx as nx
 import numpy as np
 import torch
 
 from exitcompiler.benchmarking import logits_of, summarize_ms
-from exitcompiler.controlflow import Edge, Return, successors
 from exitcompiler.data import Inputs, Rows
 from exitcompiler.errors import InputError, LoweringError
-from exitcompiler.program import Block, Program
+from exitcompiler.program import Program
 from exitcompiler.runtime.backends import Array
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.runtime.timing import measure_interleaved
@@ -24,6 +25,7 @@ from exitcompiler.statistics import (
     ratio_interval,
     rows_for_bound,
 )
+from exitcompiler.views import block_graph
 
 __all__ = [
     "TOLERANCE",
@@ -134,18 +136,19 @@ def _arrays(inputs: Inputs) -> dict[str, Array]:
 
 @torch.no_grad()
 def run_to_exit(program: Program, exit_name: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The first output of a program of torch bodies when every row goes to one exit of a chain."""
-    block: Block = program.entry
+    """The first output of a program of torch bodies when every row goes to one exit, by the shortest way."""
+    graph = block_graph(program)
+    way = nx.shortest_path(graph, program.entry.name, f"return:{exit_name}")
     values = dict(inputs)
-    while True:
+    for name, following in itertools.pairwise(way):
+        block = program.block(name)
         values = {**values, **block.run(values)}
-        ways = successors(block.terminator)
-        for way in ways:
-            if isinstance(way, Return) and way.exit == exit_name:
-                return values[way.values[0]]
-        onward = next(way for way in ways if isinstance(way, Edge))
-        block = program.block(onward.target)
-        values = dict(zip(block.params, (values[name] for name in onward.values), strict=True))
+        handed_on = next(iter(graph.get_edge_data(name, following).values()))["values"]
+        if following == way[-1]:
+            return values[handed_on[0]]
+        params = program.block(following).params
+        values = dict(zip(params, (values[value] for value in handed_on), strict=True))
+    raise AssertionError("a way ends in a return")
 
 
 def certify(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -15,29 +15,35 @@ from torch.export import ExportedProgram
 
 from exitcompiler.calibration import peek, require_fit, require_rows
 from exitcompiler.candidates import Candidates
-from exitcompiler.capture import Captured, capture
-from exitcompiler.certify import answers_of, certify, check_one_file, check_parity, measure_speedup
+from exitcompiler.capture import capture
+from exitcompiler.costs import CostModel
 from exitcompiler.data import Rows, RowSplit, TrainingData, read_rows, read_training_data, split_rows
+from exitcompiler.delivery import Delivery
 from exitcompiler.engines import Engines, Lowerer
-from exitcompiler.errors import BackendUnavailableError
 from exitcompiler.findings import Findings
 from exitcompiler.fitting import fit_exits
-from exitcompiler.packaging import pack, point_name
 from exitcompiler.placement import Place
-from exitcompiler.policies import CostModel
-from exitcompiler.profile import block_times_us, measure_costs
+from exitcompiler.profile import measure_costs
 from exitcompiler.program import Program
 from exitcompiler.progress import Reporter, reporting
-from exitcompiler.runtime.backends import Backend, available_backends, create_backend
+from exitcompiler.runtime.backends import Backend
 from exitcompiler.runtime.compiled import CompiledModel
-from exitcompiler.runtime.manifest import Artifact, Execution
 from exitcompiler.scores import ScoreTable
 from exitcompiler.scoring import score_rows
 from exitcompiler.selection import Selection, select_points
 from exitcompiler.settings import Settings
+from exitcompiler.targets import candidate_backends, fastest_plain
 from exitcompiler.training import HeadRecipe
 
-__all__ = ["Details", "compile", "compile_in_detail"]
+__all__ = [
+    "Details",
+    "compile",
+    "compile_in_detail",
+    "measure",
+    "model_name",
+    "read_and_split",
+    "training_data",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +52,6 @@ FEWEST_ROWS: Final = 300
 
 FIT_SHARE: Final = 0.4
 CERTIFY_SHARE: Final = 0.2
-WORTHWHILE: Final = 1.02
-"""The lower end of the measured speed-up has to be above this, else the plain engine is the result."""
-
-SPEEDUP_REPEATS: Final = 1500
 
 
 def compile(
@@ -159,29 +161,9 @@ def compile_in_detail(
 
     Args and errors are those of ``compile``; its options come as ``settings``.
     """
-    backends = _candidate_backends(settings)
+    backends = candidate_backends(settings)
     with reporting(progress) as reporter:
         return _Compilation(settings, backends, reporter).run(model, calib_data, train_data, logits)
-
-
-def _candidate_backends(settings: Settings) -> list[Backend]:
-    """The backend asked for; under "auto" all that are installed and have the precision, but torch."""
-    if settings.backend != "auto":
-        return [create_backend(settings.backend, precision=settings.precision, threads=settings.threads)]
-    found: list[Backend] = []
-    for name in available_backends():
-        if name == "torch":  # the reference: it would win only where nothing is installed
-            continue
-        try:
-            found.append(create_backend(name, precision=settings.precision, threads=settings.threads))
-        except BackendUnavailableError as error:
-            logger.info("%s", error)
-    if not found:
-        raise BackendUnavailableError(
-            f"no backend for precision {settings.precision!r} is installed",
-            remedy="pip install 'exitcompiler[cpu]'",
-        )
-    return found
 
 
 @dataclass
@@ -194,176 +176,91 @@ class _Compilation:
 
     def run(self, model: Any, calib_data: Any, train_data: Any, logits: str | int | None) -> Details:
         started = time.monotonic()
+        settings, reporter = self.settings, self.reporter
         calib_data, example = peek(calib_data)
-        with self.reporter.step("capturing the model"):
+        with reporter.step("capturing the model"):
             captured = capture(model, example, logits=logits)
         program = captured.program
-        rows = read_rows(calib_data, list(program.inputs), minimum=FEWEST_ROWS)
-        require_fit(rows, program)
-        split = split_rows(
-            len(rows),
-            fit=0.0 if train_data is not None else FIT_SHARE,
-            certify=CERTIFY_SHARE,
-            seed=self.settings.seed,
-        )
-        require_rows(split, with_training=train_data is not None, batch_size=self.settings.batch_size)
-        data = self._training_data(train_data, rows, split, program).for_model(program)
-        findings = Findings(_name_of(model), program, self.settings, split)
-        findings.seconds = self.reporter.seconds
-        lowerer = Lowerer()
-        with self.reporter.step("lowering the plain model"):
-            engines, plain_us = self._fastest_plain(program, rows, lowerer, findings)
-        fitted = fit_exits(program, data, rows, engines, self.settings, self.reporter)
+        rows, split = read_and_split(calib_data, program, settings, with_training=train_data is not None)
+        data = training_data(train_data, rows, split, program)
+        findings = Findings(model_name(model), program, settings, split)
+        findings.seconds = reporter.seconds
+        with reporter.step("lowering the plain model"):
+            engines, times_us = fastest_plain(program, rows, self.backends, Lowerer(), settings.batch_size)
+        plain_us = times_us[engines.backend.name]
+        findings.chose_backend(engines.backend.name, times_us)
+        fitted = fit_exits(program, data, rows, engines, settings, reporter)
         findings.fitted(fitted)
-        if fitted.candidates is None:
-            findings.refuse(_no_place(fitted.places))
-            compiled = self._plain(captured, plain_us, engines, findings, rows, split)
-            return Details(compiled, program, engines, split)
-        learn = rows.take(split.learn)
-        table, costs = self._measure(fitted.candidates, program, learn, engines)
-        selection = select_points(
-            fitted.candidates, table, costs, engines, learn, self.settings, self.reporter
+        delivery = Delivery(
+            program,
+            plain_us,
+            captured.structure,
+            engines,
+            rows.take(split.certify),
+            settings,
+            findings,
+            reporter,
         )
+        if fitted.candidates is None:
+            return Details(delivery.of_plain(_no_place(fitted.places)), program, engines, split)
+        learn = rows.take(split.learn)
+        table, costs = measure(fitted.candidates, [program], learn, engines, settings, reporter)
+        selection = select_points(fitted.candidates, table, costs, engines, learn, settings, reporter)
         findings.selected(selection, table, costs)
-        compiled = self._finish(captured, selection, plain_us, engines, findings, rows, split)
+        compiled = delivery.of_selection(selection)
         logger.info("compiled in %.1f s", time.monotonic() - started)
         return Details(compiled, program, engines, split, fitted.candidates, table, costs, selection)
 
-    def _training_data(self, train_data: Any, rows: Rows, split: RowSplit, program: Program) -> TrainingData:
-        if train_data is None:
-            return TrainingData(rows.take(split.fit), tuple(program.inputs))
-        return read_training_data(train_data, list(program.inputs), minimum=100)
 
-    def _fastest_plain(
-        self, program: Program, rows: Rows, lowerer: Lowerer, findings: Findings
-    ) -> tuple[Engines, float]:
-        """The engines of the backend that runs the plain model fastest, and its time per row."""
-        times: dict[str, float] = {}
-        engines: dict[str, Engines] = {}
-        for backend in self.backends:
-            engines[backend.name] = Engines(backend, lowerer)
-            (times[backend.name],) = block_times_us(
-                program.blocks, engines[backend.name], rows, self.settings.batch_size, repeats=60
-            )
-        fastest = min(times, key=lambda name: times[name])
-        findings.chose_backend(fastest, times)
-        return engines[fastest], times[fastest]
+def read_and_split(
+    calib_data: Any, program: Program, settings: Settings, *, with_training: bool
+) -> tuple[Rows, RowSplit]:
+    """Calibration data as rows, checked against a program, and what each of them is for.
 
-    def _measure(
-        self, candidates: Candidates, program: Program, learn: Rows, engines: Engines
-    ) -> tuple[ScoreTable, CostModel]:
-        with self.reporter.step("lowering segments and heads"):
-            costs = measure_costs(candidates, program, engines, learn, self.settings.batch_size)
-        with self.reporter.step("scoring calibration rows", len(learn)) as step:
-            return score_rows(candidates, engines, learn, step), costs
+    Args:
+        calib_data: As a user gives it.
+        program: Its inputs and classes.
+        settings: Seed and batch size.
+        with_training: Whether heads are fitted on training data given apart.
 
-    def _finish(
-        self,
-        captured: Captured,
-        selection: Selection,
-        plain_us: float,
-        engines: Engines,
-        findings: Findings,
-        rows: Rows,
-        split: RowSplit,
-    ) -> CompiledModel:
-        """Package, check, measure; the plain engine where exits do not pay."""
-        chosen = selection.chosen
-        if not chosen.point.policy.kept:
-            findings.refuse("no exit pays within the limit: every gate came out as 'always go on'")
-            return self._plain(captured, plain_us, engines, findings, rows, split)
-        with self.reporter.step("packaging"):
-            artifact = pack(
-                [chosen, *selection.shipped],
-                captured.program,
-                plain_us,
-                chosen.point.estimate.backbone_accuracy,
-                captured.structure,
-                engines.backend,
-                engines.lowerer,
-                self.settings,
-            )
-        # From here on nothing that the gates have seen is used.
-        fresh = rows.take(split.certify)
-        compiled = CompiledModel(artifact, engines.backend)
-        with self.reporter.step("checking outputs against torch"):
-            findings.parity = self._check_points(compiled, selection, fresh)
-        with self.reporter.step("measuring against the plain engine"):
-            execution = self._faster_execution(compiled, fresh, findings)
-            compiled = compiled.with_artifact(_with_execution(artifact, execution))
-            latency = measure_speedup(
-                compiled, compiled.plain, fresh, self.settings.batch_size,
-                repeats=SPEEDUP_REPEATS, seed=self.settings.seed,
-            )  # fmt: skip
-        findings.measured(latency, execution, compiled)
-        if latency["speedup"]["lower"] <= WORTHWHILE:
-            findings.refuse(
-                f"exits do not pay: measured speed-up {latency['speedup']['value']:.3f} "
-                f"(95 % interval from {latency['speedup']['lower']:.3f}), more than {WORTHWHILE} is asked for"
-            )
-            return self._plain(captured, plain_us, engines, findings, rows, split)
-        with self.reporter.step("certifying"):
-            certificate, seen = certify(compiled, compiled.plain, fresh, self.settings.drop_limit)
-        findings.certified(certificate, seen)
-        return _complete(compiled, findings, certificate)
-
-    def _check_points(self, compiled: CompiledModel, selection: Selection, rows: Rows) -> float:
-        """Parity of every shipped point; many rows for the chosen one, a few for the others."""
-        precision = self.settings.precision
-        worst = check_parity(compiled, selection.chosen.program, rows, precision)
-        for built in selection.shipped:
-            other = compiled.select(name=point_name(built.point.accuracy_drop))
-            worst = max(worst, check_parity(other, built.program, rows, precision, count=2))
-        return worst
-
-    def _faster_execution(self, compiled: CompiledModel, rows: Rows, findings: Findings) -> Execution:
-        """An engine per block or one engine of the one-file model: whichever measures faster for one row."""
-        if compiled.backend.name == "torch":
-            return "blocks"
-        one_file = compiled.with_artifact(_with_execution(compiled.artifact, "single"))
-        check_one_file(one_file, compiled, rows, self.settings.precision)
-        times = measure_speedup(one_file, compiled, rows, 1, repeats=400, seed=self.settings.seed)
-        single, blocks = times["program"]["mean_ms"], times["plain"]["mean_ms"]
-        findings.note(
-            f"one row: an engine per block takes {blocks:.4f} ms, one engine of model.onnx {single:.4f} ms"
-        )
-        return "single" if single < blocks else "blocks"
-
-    def _plain(
-        self,
-        captured: Captured,
-        plain_us: float,
-        engines: Engines,
-        findings: Findings,
-        rows: Rows,
-        split: RowSplit,
-    ) -> CompiledModel:
-        """The untouched backbone as the result."""
-        if self.settings.budget_us is not None and plain_us > self.settings.budget_us:
-            findings.note(
-                f"the plain engine takes {plain_us * self.settings.batch_size / 1000:.3f} ms, more than the "
-                f"budget of {self.settings.latency_budget_ms} ms"
-            )
-        fresh = rows.take(split.certify)
-        artifact = pack(
-            [], captured.program, plain_us, 1.0, captured.structure, engines.backend, engines.lowerer,
-            self.settings,
-        )  # fmt: skip
-        compiled = CompiledModel(artifact, engines.backend)
-        findings.parity = check_parity(compiled, captured.program, fresh, self.settings.precision)
-        if fresh.labels is not None:
-            accuracy = float((answers_of(compiled, fresh)[0] == fresh.labels).mean())
-            compiled = compiled.with_artifact(_with_plain_accuracy(artifact, accuracy))
-        return _complete(compiled, findings, None)
+    Raises:
+        CalibrationError: The data cannot be used.
+    """
+    rows = read_rows(calib_data, list(program.inputs), minimum=FEWEST_ROWS)
+    require_fit(rows, program)
+    split = split_rows(
+        len(rows), fit=0.0 if with_training else FIT_SHARE, certify=CERTIFY_SHARE, seed=settings.seed
+    )
+    require_rows(split, with_training=with_training, batch_size=settings.batch_size)
+    return rows, split
 
 
-def _with_plain_accuracy(artifact: Artifact, accuracy: float) -> Artifact:
-    (point,) = artifact.manifest.operating_points
-    measured = replace(point, estimate=replace(point.estimate, accuracy=accuracy))
-    return replace(artifact, manifest=replace(artifact.manifest, operating_points=(measured,)))
+def training_data(train_data: Any, rows: Rows, split: RowSplit, program: Program) -> TrainingData:
+    """What heads are fitted on: the data given, or the calibration rows set aside for it."""
+    if train_data is None:
+        data = TrainingData(rows.take(split.fit), tuple(program.inputs))
+    else:
+        data = read_training_data(train_data, list(program.inputs), minimum=100)
+    return data.for_model(program)
 
 
-def _name_of(model: Any) -> str:
+def measure(
+    candidates: Candidates,
+    wholes: Sequence[Program],
+    learn: Rows,
+    engines: Engines,
+    settings: Settings,
+    reporter: Reporter,
+) -> tuple[ScoreTable, CostModel]:
+    """Scores on the learning rows, and measured times, of all candidates."""
+    with reporter.step("lowering segments and heads"):
+        costs = measure_costs(candidates, wholes, engines, learn, settings.batch_size)
+    with reporter.step("scoring calibration rows", len(learn)) as step:
+        return score_rows(candidates, engines, learn, step), costs
+
+
+def model_name(model: Any) -> str:
+    """What to call a model: its class, or the name of its file."""
     return Path(model).stem if isinstance(model, str | PathLike) else type(model).__name__
 
 
@@ -371,18 +268,3 @@ def _no_place(places: Sequence[Place]) -> str:
     if not places:
         return "the network has no place where it could be cut and an exit be put"
     return "at none of the places where the network can be cut did a linear probe know enough to go on"
-
-
-def _with_execution(artifact: Artifact, execution: Execution) -> Artifact:
-    points = artifact.manifest.operating_points
-    changed = (replace(points[0], execution=execution), *points[1:])
-    return replace(artifact, manifest=replace(artifact.manifest, operating_points=changed))
-
-
-def _complete(
-    compiled: CompiledModel, findings: Findings, certificate: Mapping[str, Any] | None
-) -> CompiledModel:
-    """The same model with its report and certificate."""
-    manifest = replace(compiled.artifact.manifest, certificate=certificate)
-    artifact = replace(compiled.artifact, manifest=manifest, report=findings.report())
-    return compiled.with_artifact(artifact, notes=findings.notes)

@@ -17,19 +17,21 @@ from exitcompiler.baselines import (
     shared_threshold,
     soft_oracle,
 )
+from exitcompiler.costs import CostModel
 from exitcompiler.data import RowSplit
 from exitcompiler.fitting import Fitted
 from exitcompiler.flops import count_flops
 from exitcompiler.packaging import PLAIN, environment, point_name
-from exitcompiler.policies import CostModel, Leave, LinearRule
+from exitcompiler.placement import Place
+from exitcompiler.policies import Leave, LinearRule
 from exitcompiler.program import Program
 from exitcompiler.runtime.compiled import CompiledModel
-from exitcompiler.scores import ScoreTable
+from exitcompiler.scores import HeadKey, ScoreTable
 from exitcompiler.selection import Built, Selection
 from exitcompiler.settings import Settings
 from exitcompiler.statistics import reliability_bins
 
-__all__ = ["Findings"]
+__all__ = ["Findings", "place_entry"]
 
 
 class Findings:
@@ -53,7 +55,7 @@ class Findings:
             "refused": None,
         }
         self._notes: list[str] = []
-        self._fitted: Fitted | None = None
+        self._head_flops: dict[HeadKey, int] = {}
         self.parity: float | None = None
         self.seconds: Mapping[str, float] = {}
 
@@ -78,20 +80,10 @@ class Findings:
 
     def fitted(self, fitted: Fitted) -> None:
         """Where exits could stand, and which of these places got heads."""
-        self._fitted = fitted
+        self._head_flops |= fitted.head_flops
         if fitted.rows:
             self._report["rows"]["fit"] = fitted.rows
-        self._report["exits"] = [
-            {
-                "name": place.cut.name,
-                "depth": place.time_share,
-                "kept": False,
-                "head": None,
-                "reason": place.reason,
-                "probe_accuracy": place.probe_accuracy,
-            }
-            for place in fitted.places
-        ]
+        self._report["exits"] = [place_entry(place) for place in fitted.places]
 
     def selected(self, selection: Selection, table: ScoreTable, costs: CostModel) -> None:
         """What the gates came out as."""
@@ -150,7 +142,7 @@ class Findings:
     def _frontier(self, selection: Selection, costs: CostModel) -> None:
         shipped = (selection.chosen, *selection.shipped)
         made_of: dict[int, Built] = {id(built.point): built for built in shipped}
-        points = [built.point for built in shipped if built.point.policy.kept]
+        points = [built.point for built in shipped if not built.point.policy.is_plain]
         points += [
             point
             for point in selection.frontier.points
@@ -160,7 +152,7 @@ class Findings:
         for point in points:
             made = made_of.get(id(point))
             mean_us = point.mean_us if made is None else made.mean_us
-            is_plain = not point.policy.kept
+            is_plain = point.policy.is_plain
             entries.append(
                 {
                     "name": PLAIN if is_plain else point_name(point.accuracy_drop),
@@ -178,21 +170,21 @@ class Findings:
 
     def _exits(self, chosen: Built, table: ScoreTable, costs: CostModel) -> None:
         kept = chosen.point.policy.kept
-        reached = dict(zip(table.exits, np.cumsum(costs.segment_us), strict=False))
         for entry in self._report.get("exits", []):
             name = entry["name"]
             if name not in table.exits:
                 continue
             decision = kept.get(name)
-            head = table.kinds(name)[-1] if decision is None else decision.head
+            kinds = [kind for kind in table.kinds(name) if not table.needs((name, kind))]
+            head = kinds[-1] if decision is None else decision.head
             rate = float(chosen.point.estimate.exit_rates.get(name, 0.0))
             entry.update(
                 {
                     "kept": decision is not None,
                     "head": head,
                     "head_accuracy": float(table.correct((name, head)).mean()),
-                    "head_flops": None if self._fitted is None else self._fitted.head_flops.get((name, head)),
-                    "prefix_ms": self._ms(reached[name]),
+                    "head_flops": self._head_flops.get((name, head)),
+                    "prefix_ms": self._ms(costs.reach_us(table.topology, name)),
                     "head_ms": self._ms(costs.head_us[name, head]),
                     "exit_rate": rate if decision is not None else 0.0,
                     "reason": _kept_reason(decision)
@@ -229,6 +221,18 @@ class Findings:
             "accuracy_drop": float(evaluation.accuracy_drop),
             "mean_latency_ms": self._ms(evaluation.mean_us),
         }
+
+
+def place_entry(place: Place) -> dict[str, Any]:
+    """What the report says of a place before gates are learned."""
+    return {
+        "name": place.cut.name,
+        "depth": place.time_share,
+        "kept": False,
+        "head": None,
+        "reason": place.reason,
+        "probe_accuracy": place.probe_accuracy,
+    }
 
 
 def _kept_reason(decision: Leave | LinearRule) -> str:

@@ -17,7 +17,7 @@ from exitcompiler.data import Extent, Rows, TrainingData
 from exitcompiler.engines import Engines
 from exitcompiler.flops import count_flops
 from exitcompiler.heads import LinearHead, deep_head, head_flops, lower_head
-from exitcompiler.naming import DEEP, LINEAR
+from exitcompiler.naming import BACKBONE, DEEP, LINEAR
 from exitcompiler.passes.find_cut_points import find_cut_points
 from exitcompiler.passes.split_block import split_block
 from exitcompiler.placement import PROBE_ROWS, Place, choose_places, probe
@@ -26,6 +26,7 @@ from exitcompiler.program import Program
 from exitcompiler.progress import Reporter
 from exitcompiler.scores import HeadKey
 from exitcompiler.settings import Settings
+from exitcompiler.topology import Topology
 from exitcompiler.training import FeatureStream, train_heads
 
 __all__ = ["Fitted", "fit_exits"]
@@ -93,7 +94,8 @@ def fit_exits(
         for key, head in heads.items()
     }
     chain = split_block(program, chosen)
-    candidates = Candidates(chain, tuple(by_name), _blocks_of(chain, chosen), lowered)
+    blocks = {**_blocks_of(chain, chosen), BACKBONE: chain.blocks[-1].name}
+    candidates = Candidates(chain, Topology.chain(by_name), blocks, lowered)
     return Fitted(candidates, places, sizes, extent.rows)
 
 

@@ -12,9 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from exitcompiler.controlflow import ControlFlow, OutputStructure
 from exitcompiler.engines import Lowerer
-from exitcompiler.naming import BACKBONE
+from exitcompiler.evaluation import Evaluation
 from exitcompiler.passes.assemble_onnx import assemble_onnx
-from exitcompiler.policies import Evaluation
 from exitcompiler.program import BlockInterface, Program
 from exitcompiler.runtime.backends import Backend
 from exitcompiler.runtime.manifest import (
@@ -32,7 +31,7 @@ from exitcompiler.selection import Built
 from exitcompiler.settings import Settings
 from exitcompiler.torch_graphs import serialize_body
 
-__all__ = ["PLAIN", "environment", "pack", "plain_estimate", "point_name"]
+__all__ = ["PLAIN", "environment", "pack", "point_name"]
 
 PLAIN = "plain"
 """The operating point that is the untouched backbone."""
@@ -74,7 +73,7 @@ def pack(
     files: dict[str, bytes] = {}
     programs = {point_name(built.point.accuracy_drop): built.program for built in points} | {PLAIN: plain}
     estimates = [_estimate(built, settings) for built in points]
-    estimates.append(plain_estimate(plain_us, accuracy, settings))
+    estimates.append(_plain_estimate(plain, plain_us, accuracy, settings))
     packed = [
         _point(name, program, estimate, lowerer, files)
         for (name, program), estimate in zip(programs.items(), estimates, strict=True)
@@ -153,10 +152,10 @@ def _estimate(built: Built, settings: Settings) -> Estimate:
     )
 
 
-def plain_estimate(plain_us: float, accuracy: float, settings: Settings) -> Estimate:
+def _plain_estimate(plain: Program, plain_us: float, accuracy: float, settings: Settings) -> Estimate:
     """What the untouched backbone does."""
     latency_ms = plain_us * settings.batch_size / 1000.0
-    return Estimate(accuracy, 0.0, 0.0, latency_ms, {BACKBONE: 1.0})
+    return Estimate(accuracy, 0.0, 0.0, latency_ms, dict.fromkeys(plain.exits, 1.0))
 
 
 def environment() -> dict[str, Json]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from exitcompiler.candidates import Candidates
 from exitcompiler.controlflow import Edge, successors
+from exitcompiler.costs import CostModel
 from exitcompiler.data import Rows
 from exitcompiler.engines import Engines
-from exitcompiler.policies import CostModel
 from exitcompiler.program import Block, Program
 from exitcompiler.runtime.backends import Array, Engine
 from exitcompiler.runtime.rows import gate_parameters
@@ -26,34 +26,38 @@ LIMIT_S = 20.0
 
 
 def measure_costs(
-    candidates: Candidates, plain: Program, engines: Engines, rows: Rows, batch_size: int
+    candidates: Candidates, wholes: Sequence[Program], engines: Engines, rows: Rows, batch_size: int
 ) -> CostModel:
     """The cost of every segment and every head, per row.
 
     A head is timed on its own, with its gate. What a call costs beyond its arithmetic is told from the
-    difference between the segments one after another and the whole backbone in one engine.
+    difference between the segments of a network one after another and the whole of it in one engine.
 
     Args:
-        candidates: Exits and heads.
-        plain: The untouched backbone.
+        candidates: Sites and heads.
+        wholes: The untouched networks, each one block, in the order of the topology; the last one is
+            what all is compared with.
         engines: Make and keep the engines.
         rows: At least ``batch_size`` real rows.
         batch_size: How many rows a call has.
     """
+    topology = candidates.topology
     heads = {key: candidates.head_block(key) for key in candidates.heads}
-    blocks = [plain.entry, *candidates.chain.blocks, *heads.values()]
-    times = block_times_us(blocks, engines, rows, batch_size)
-    whole_us = times[0]
-    segments = times[1 : 1 + len(candidates.chain.blocks)]
-    head_times = times[1 + len(segments) :]
-    seams = max(1, len(segments) - 1)
-    dispatch_us = max(0.0, (sum(segments) - whole_us) / seams)
+    segments = [candidates.program.block(candidates.block_of[place]) for place in topology.places]
+    programs = [[*segments, *heads.values()], *([whole.entry] for whole in wholes)]
+    (times, *whole_times) = programs_times_us(programs, engines, rows, batch_size)
+    segment_times, head_times = times[: len(segments)], times[len(segments) :]
+    seams = len(segments) - len(wholes)
+    dispatch_us = max(0.0, sum(segment_times) - sum(t for (t,) in whole_times)) / max(1, seams)
     # A kept exit keeps its seam; a pruned one's segments merge and the seam is gone.
+    later = [topology.follows[place] is not None for place in range(len(segments))]
     return CostModel(
-        segment_us=tuple(max(0.0, t - dispatch_us * (i > 0)) for i, t in enumerate(segments)),
+        segment_us=tuple(
+            max(0.0, t - dispatch_us * inner) for t, inner in zip(segment_times, later, strict=True)
+        ),
         head_us={key: max(0.0, t - dispatch_us) for key, t in zip(heads, head_times, strict=True)},
-        gate_us=dispatch_us,
-        plain_us=whole_us,
+        gate_us=dispatch_us if seams else 0.0,
+        plain_us=whole_times[-1][0],
     )
 
 

@@ -15,7 +15,7 @@ from exitcompiler.program import Block
 from exitcompiler.progress import Step
 from exitcompiler.runtime.backends import Array, Engine
 from exitcompiler.runtime.rows import gate_parameters
-from exitcompiler.scores import HeadKey, HeadScores, ScoreTable
+from exitcompiler.scores import Agreement, FloatArray, HeadKey, HeadScores, ScoreTable
 
 __all__ = ["run_block", "score_rows"]
 
@@ -25,11 +25,11 @@ BATCH_SIZE = 32
 def score_rows(candidates: Candidates, engines: Engines, rows: Rows, step: Step) -> ScoreTable:
     """All heads' logits and the backbone's, on all rows.
 
-    Every row goes through the whole backbone and every head, at the precision that will run: scores of
+    Every row goes through every network and every head, at the precision that will run: scores of
     another precision would be other scores.
 
     Args:
-        candidates: Exits and heads.
+        candidates: Sites and heads.
         engines: Make and keep the engines.
         rows: Labels and inputs.
         step: Progress, one unit a row.
@@ -38,22 +38,29 @@ def score_rows(candidates: Candidates, engines: Engines, rows: Rows, step: Step)
         CalibrationError: Scores are not finite, or labels do not fit the classes.
     """
     heads = {key: candidates.head_block(key) for key in candidates.heads}
-    loaded = engines.load([*candidates.chain.blocks, *heads.values()])
-    logits: dict[HeadKey, list[Array]] = {key: [] for key in heads}
+    loaded = engines.load([*candidates.program.blocks, *heads.values()])
+    found: dict[HeadKey, list[FloatArray]] = {key: [] for key in heads}
     backbone: list[Array] = []
-    last = candidates.chain.blocks[-1].terminator
+    last = candidates.program.blocks[-1].terminator
     assert isinstance(last, Return)
     for inputs, _ in rows.batches(BATCH_SIZE):
         values: dict[str, Array] = {name: tensor.numpy() for name, tensor in inputs.items()}
-        for block in candidates.chain.blocks:  # values keep their names along the chain
+        for block in candidates.program.blocks:  # values keep their names along all ways
             values.update(run_block(block, loaded.get(block.name), values))
         for key, block in heads.items():
-            outputs = run_block(block, loaded.get(block.name), values)
-            logits[key].append(np.array(outputs[value_name(*key, "logits")]))
+            outputs = values | run_block(block, loaded.get(block.name), values)
+            what = "logits" if candidates.heads[key].answer else "confidence"
+            found[key].append(np.array(outputs[value_name(*key, what)]))
         backbone.append(np.array(values[last.values[0]]))
         step.advance(len(backbone[-1]))
-    scores = {key: HeadScores(*key, np.concatenate(parts)) for key, parts in logits.items()}
-    return ScoreTable(candidates.exits, scores, np.concatenate(backbone), rows.labels)
+    answers, features = {}, {}
+    for key, head in candidates.heads.items():
+        needs, scores = candidates.needs.get(key, ()), np.concatenate(found[key])
+        if head.answer:
+            answers[key] = HeadScores(*key, scores, needs)
+        else:
+            features[key] = Agreement(scores, needs)
+    return ScoreTable(candidates.topology, answers, np.concatenate(backbone), rows.labels, features)
 
 
 def run_block(block: Block, engine: Engine | None, values: Mapping[str, Array]) -> dict[str, Array]:

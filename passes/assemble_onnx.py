@@ -65,8 +65,15 @@ def assemble_onnx(flow: ControlFlow, models: Mapping[str, bytes]) -> bytes:
         The model. Inputs: the program's; outputs: the program's, then ``exit_index``.
 
     Raises:
-        LoweringError: A model is missing or has other inputs and outputs, or names clash.
+        LoweringError: A model is missing or has other inputs and outputs, names clash, or the program
+            carries values, which one file has no place for.
     """
+    if flow.carried:
+        raise LoweringError(
+            "the near part of a split program carries values to another one",
+            where="assemble-onnx",
+            remedy="use one file per block",
+        )
     taken = flow.inputs.keys() & {*flow.outputs, EXIT_INDEX}
     if taken or EXIT_INDEX in flow.outputs:
         raise LoweringError(

@@ -7,29 +7,33 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from exitcompiler.availability import pass_along
-from exitcompiler.controlflow import Branch, Edge, Gate, Return
+from exitcompiler.controlflow import Branch, Gate, Jump, Return, Successor, Terminator, successors
 from exitcompiler.errors import PassError
 from exitcompiler.passes.base import PassResult
 from exitcompiler.program import Block, Program
+from exitcompiler.views import reachable
 
-__all__ = ["ExitSetting", "SetGates", "set_gates"]
+__all__ = ["BranchSetting", "SetGates", "set_gates"]
 
 
 @dataclass(frozen=True, slots=True)
-class ExitSetting:
-    """How one exit decides, and which of its heads answers.
+class BranchSetting:
+    """What a block chooses among, and how.
 
     Args:
-        gate: Two actions: leave, or go on.
-        keep: The way to leave that stays; the exit takes this setting's name.
+        gate: One action per way.
+        ways: What stays, in the order of the gate's actions: a return by its exit's name, an edge by its
+            target's. At most one return.
+        exit: The new name of the return; None if there is none.
     """
 
     gate: Gate
-    keep: str
+    ways: tuple[str, ...]
+    exit: str | None
 
 
-def set_gates(program: Program, settings: Mapping[str, ExitSetting]) -> Program:
-    """Give every named exit one head and one gate; hand every value that a gate reads along to it.
+def set_gates(program: Program, settings: Mapping[str, BranchSetting]) -> Program:
+    """Give blocks their gates and ways; hand every value that a gate reads along to it.
 
     ::
 
@@ -38,41 +42,76 @@ def set_gates(program: Program, settings: Mapping[str, ExitSetting]) -> Program:
             return "layer1.2/deep" (deep)                 to_layer2_2(h)
             to_layer2_2(h)
 
+    A choice of one is none: the gate goes. Blocks that nothing reaches any more go too.
+
     Args:
         program: A program with exits inserted.
-        settings: New exit name -> setting; the other exits stay as they are.
+        settings: Block name -> setting; the other blocks stay as they are.
 
     Raises:
-        PassError: No such way to leave, it does not end a branch that goes on to one block, or a gate
-            reads a value that does not exist on every way in.
+        PassError: No such block or way, the gate does not fit the ways, or it reads a value that does
+            not exist on every way in.
     """
-    for exit_name, setting in settings.items():
-        block, branch = _find_branch(program, setting.keep)
-        leave = next(way for way in branch.edges if isinstance(way, Return) and way.exit == setting.keep)
-        onward = [way for way in branch.edges if isinstance(way, Edge)]
-        if len(onward) != 1 or setting.gate.actions != 2:
-            raise PassError(
-                "an exit is a choice between leaving and one way on", where=f"block {block.name!r}"
-            )
-        program = _make_available(program, block.name, setting.gate)
-        block, branch = _find_branch(program, setting.keep)
-        go_on = next(way for way in branch.edges if isinstance(way, Edge))
-        terminator = Branch(setting.gate, (replace(leave, exit=exit_name), go_on))
-        program = program.with_blocks({block.name: replace(block, terminator=terminator)})
+    names = [block.name for block in program.blocks]
+    unknown = [name for name in settings if name not in names]
+    if unknown:
+        raise PassError(f"no block {unknown[0]!r}", remedy=f"blocks: {', '.join(names)}")
+    changed: dict[str, Block] = {}
+    for name, setting in settings.items():
+        block = program.block(name)
+        terminator = _set(block, setting)
+        if terminator != block.terminator:
+            changed[name] = replace(block, terminator=terminator)
+    if not changed:
+        return program
+    program = program.with_blocks(changed)
+    # What is gone must not count when it is asked what reaches a gate on every way in.
+    live = reachable(program)
+    program = replace(program, blocks=tuple(block for block in program.blocks if block.name in live))
+    for name in [name for name in changed if name in live]:
+        program = _make_available(program, name)
     return program
 
 
-def _find_branch(program: Program, exit_name: str) -> tuple[Block, Branch]:
-    for block in program.blocks:
-        if isinstance(block.terminator, Branch) and any(
-            isinstance(way, Return) and way.exit == exit_name for way in block.terminator.edges
-        ):
-            return block, block.terminator
-    raise PassError(f"no branch leads to exit {exit_name!r}", remedy=f"exits: {', '.join(program.exits)}")
+def _set(block: Block, setting: BranchSetting) -> Terminator:
+    where = f"block {block.name!r}"
+    if setting.gate.actions != len(setting.ways) or not setting.ways:
+        raise PassError(f"{setting.gate.actions} actions for {len(setting.ways)} ways", where=where)
+    ways = tuple(_find(block, name) for name in setting.ways)
+    returns = [way for way in ways if isinstance(way, Return)]
+    if len(returns) > 1 or (setting.exit is None) != (not returns):
+        raise PassError(
+            f"{len(returns)} ways leave, {'none' if setting.exit is None else repr(setting.exit)} is named",
+            where=where,
+            remedy="keep at most one head, and name the exit where one is kept",
+        )
+    if setting.exit is not None:
+        renamed = replace(returns[0], exit=setting.exit)
+        ways = tuple(renamed if isinstance(way, Return) else way for way in ways)
+    if len(ways) > 1:
+        return Branch(setting.gate, ways)
+    return ways[0] if isinstance(ways[0], Return) else Jump(ways[0])
 
 
-def _make_available(program: Program, target: str, gate: Gate) -> Program:
-    for value in gate.reads:
+def _find(block: Block, name: str) -> Successor:
+    ways = [
+        (way.exit if isinstance(way, Return) else way.target, way) for way in successors(block.terminator)
+    ]
+    found = [way for its_name, way in ways if its_name == name]
+    if len(found) != 1:
+        count = "several ways lead" if found else "no way leads"
+        raise PassError(
+            f"{count} to {name!r}",
+            where=f"block {block.name!r}",
+            remedy=f"ways: {', '.join(its_name for its_name, _ in ways)}",
+        )
+    return found[0]
+
+
+def _make_available(program: Program, target: str) -> Program:
+    terminator = program.block(target).terminator
+    reads = terminator.gate.reads if isinstance(terminator, Branch) else ()
+    for value in reads:
         if value in program.block(target).values:
             continue
         source = next((block.name for block in program.blocks if value in block.results), None)
@@ -88,7 +127,7 @@ class SetGates:
 
     name: ClassVar[str] = "set-gates"
 
-    settings: Mapping[str, ExitSetting]
+    settings: Mapping[str, BranchSetting]
 
     def __call__(self, program: Program) -> PassResult:
         """Run the pass."""

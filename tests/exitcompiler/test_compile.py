@@ -14,7 +14,7 @@ import torch
 from trained import SmallResNet, stripes, trained_network
 
 import exitcompiler
-from exitcompiler import compiler
+from exitcompiler import delivery
 from exitcompiler.candidates import build_program
 from exitcompiler.compiler import Details, compile_in_detail
 from exitcompiler.data import Rows
@@ -25,7 +25,7 @@ from exitcompiler.errors import (
     UnsupportedModelError,
 )
 from exitcompiler.interpreter import interpret
-from exitcompiler.policies import GoOn, LinearRule, Policy
+from exitcompiler.policies import GoOn, Policy, leave_above
 from exitcompiler.profile import programs_times_us
 from exitcompiler.settings import Settings
 from exitcompiler.training import HeadRecipe
@@ -38,7 +38,7 @@ BACKENDS = ("onnxruntime", "openvino", "torch")
 def compiled_details(backend: str) -> Details:
     settings = Settings(0.02, backend=backend, threads=1, max_exits=2, recipe=RECIPE)
     # Whether exits pay on this machine today is not what is tested.
-    with mock.patch.object(compiler, "WORTHWHILE", 0.0):
+    with mock.patch.object(delivery, "WORTHWHILE", 0.0):
         return compile_in_detail(trained_network(), stripes(1500, seed=2), stripes(1500, seed=3), settings)
 
 
@@ -190,10 +190,10 @@ def test_programs_of_several_rounds_are_timed_together() -> None:
     assert details.candidates is not None
     exits = details.table.exits
     assert len(exits) == 2
-    rules = [LinearRule("deep", ((name, "deep"),), (1.0, 0.0, 0.0), -0.9) for name in exits]
+    rules = [leave_above("deep", ((name, "deep"),), (1.0, 0.0, 0.0), -0.9) for name in exits]
     x, _ = stripes(4, seed=5)
     programs = [
-        build_program(details.candidates, Policy(exits, decisions)).blocks
+        build_program(details.candidates, Policy(details.table.topology, decisions)).blocks
         for decisions in ((rules[0], rules[1]), (GoOn(), rules[1]), (rules[0], GoOn()))
     ]
     sample = Rows({"image": torch.from_numpy(x)}, None)
@@ -206,7 +206,7 @@ def test_exits_that_do_not_pay_are_refused_with_the_measured_figure(tmp_path: Pa
     settings = Settings(
         0.02, backend="onnxruntime", threads=1, max_exits=2, recipe=RECIPE, dump=tmp_path / "dump"
     )
-    with mock.patch.object(compiler, "WORTHWHILE", 1e6):
+    with mock.patch.object(delivery, "WORTHWHILE", 1e6):
         details = compile_in_detail(trained_network(), stripes(600, seed=2), stripes(600, seed=3), settings)
     report = details.compiled.artifact.report
     assert "measured speed-up" in report["refused"] or "no exit pays" in report["refused"]

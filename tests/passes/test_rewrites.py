@@ -20,7 +20,8 @@ from exitcompiler.passes.insert_exits import InsertExits, insert_exits
 from exitcompiler.passes.merge_blocks import MergeBlocks, merge_blocks
 from exitcompiler.passes.pipeline import Pipeline, dump_to
 from exitcompiler.passes.prune_constant_gates import PruneConstantGates, prune_constant_gates
-from exitcompiler.passes.set_gates import ExitSetting, SetGates, set_gates
+from exitcompiler.passes.select_ways import SelectWays, select_ways
+from exitcompiler.passes.set_gates import BranchSetting, SetGates, set_gates
 from exitcompiler.printer import print_program
 from exitcompiler.program import ExitHead, Program
 from exitcompiler.verify import verify
@@ -151,8 +152,8 @@ def test_merge_leaves_joins_alone() -> None:
 SCORE = ValueSpec(("batch", 3), "float32")
 
 
-def _head(exit_name: str, name: str) -> ExitHead:
-    body = build_body({"h": ROW}, [(name, aten.relu.default, ("h",))], [name])
+def _head(exit_name: str, name: str, reads: str = "h") -> ExitHead:
+    body = build_body({reads: ROW}, [(name, aten.relu.default, (reads,))], [name])
     return ExitHead(exit_name, body, {name: SCORE}, (name,))
 
 
@@ -173,18 +174,109 @@ def test_inserted_exits_change_nothing_and_can_be_pruned_away_again() -> None:
     assert print_program(restored, bodies=True) == print_program(program, bodies=True)
 
 
-def test_insert_exits_needs_a_block_that_jumps() -> None:
-    with pytest.raises(PassError, match="ends in a jump"):
-        insert_exits(_chain(), {"second": [_head("e", "a")]})
+def test_insert_exits_goes_before_what_a_block_chose() -> None:
+    program = insert_exits(_chain(), {"second": [_head("e", "a")]})
+    assert program.exits == ("e", "backbone")
+    assert_same_answers(_chain(), program)
+    twice = insert_exits(_dag(), {"first": [_head("e", "a")]})
+    assert isinstance(twice.entry.terminator, Branch)
+    assert twice.entry.terminator.gate == ConstantGate(2, 3)
+    assert_same_answers(_dag(), twice)
+
+
+def test_insert_exits_refuses_what_it_cannot_attach() -> None:
+    with pytest.raises(PassError, match="gate has been set"):
+        insert_exits(exit_chain(), {"first": [_head("e", "a")]})
     with pytest.raises(PassError, match=r"no block 'third'[\s\S]*first, second"):
         insert_exits(_chain(), {"third": [_head("e", "a")]})
-    assert not InsertExits({})(_chain()).modified
+    with pytest.raises(PassError, match="no head answers"):
+        insert_exits(_chain(), {}, final=["first"])
+    with pytest.raises(PassError, match="a head reads 'q', which no block makes"):
+        insert_exits(_chain(), {"second": [_head("e", "a", reads="q")]})
+    assert not InsertExits({"first": ()})(_chain()).modified
+
+
+def test_a_head_reads_what_an_earlier_block_made() -> None:
+    late = _head("e", "a", reads="u")
+    with pytest.raises(PassError, match="does not reach block 'third' on every way in"):
+        insert_exits(_dag(), {"third": [late]})
+    straight = select_ways(_dag(), {"first": ["second"]})
+    program = insert_exits(straight, {"third": [late]})
+    verify(program)
+    assert list(program.block("third").params) == ["h", "u"]
+    assert_same_answers(straight, program)
+
+
+def test_a_head_without_an_answer_adds_no_way() -> None:
+    features = replace(_head("", "a"), answer=())
+    program = insert_exits(_chain(), {"first": [features]})
+    verify(program)
+    assert program.entry.terminator == _chain().entry.terminator
+    assert "a" in program.entry.results
+
+
+def test_where_every_row_leaves_nothing_else_is_reached() -> None:
+    """What a final block would have passed on does not count for the heads behind it."""
+    early, late = _head("e", "a", reads="x"), _head("f", "b", reads="w")
+    program = insert_exits(_dag(late=True), {"third": [late], "second": [early]}, final=["second"])
+    verify(program)
+    assert program.exits == ("e", "f", "backbone")
+    assert [block.name for block in program.blocks] == ["first", "second", "other", "third"]
+    only = insert_exits(_chain(), {"first": [_head("e", "a")]}, final=["first"])
+    assert [block.name for block in only.blocks] == ["first"]
+    assert only.entry.terminator == Return(("a",), "e")
+
+
+def _dag(*, late: bool = False) -> Program:
+    """``first`` chooses between ``second`` and ``third``; with ``late`` it is ``other``, not ``first``."""
+    ways = Branch(
+        ConstantGate(1, 2), (Edge("second", ("x", "h")), Edge("other" if late else "third", ("h",)))
+    )
+    first = row_block("first", ["x"], [("h", aten.tanh.default, ("x",))], ["h"], ways)
+    on = Jump(Edge("third", ("u",)))
+    second = row_block("second", ["x", "k"], [("u", aten.neg.default, ("k",))], ["u"], on)
+    other = row_block("other", ["k"], [("w", aten.neg.default, ("k",))], ["w"], Jump(Edge("third", ("w",))))
+    third = row_block("third", ["h"], [("y", aten.relu.default, ("h",))], ["y"], Return(("y",), "backbone"))
+    return row_program(first, second, *([other] if late else []), third)
+
+
+def test_select_ways_keeps_some_and_drops_what_nothing_reaches() -> None:
+    selected = select_ways(_dag(), {"first": ["third"]})
+    verify(selected)
+    assert print_program(selected) == "\n".join([
+        "program (x: float32[batch, 3]) -> (y: float32[batch, 3])",
+        "first(x: float32[batch, 3]) -> (h: float32[batch, 3]):",
+        "    1 tanh",
+        "    jump third(h)",
+        "third(h: float32[batch, 3]) -> (y: float32[batch, 3]):",
+        "    1 relu",
+        '    return "backbone" (y)',
+    ])  # fmt: skip
+    assert_same_answers(_dag(), selected)
+    inserted = insert_exits(_dag(), {"first": [_head("e", "a")]})
+    some = select_ways(inserted, {"first": ["e", "third"]}).entry.terminator
+    assert isinstance(some, Branch)
+    assert some.gate == ConstantGate(1, 2)
+    assert isinstance(select_ways(inserted, {"first": ["e"]}).entry.terminator, Return)
+
+
+def test_select_ways_leaves_the_rest_alone_and_refuses_what_is_not_there() -> None:
+    program = _dag()
+    assert not SelectWays({"first": ["second", "third"], "second": {"third"}})(program).modified
+    with pytest.raises(PassError, match=r"no way leads to \['fourth'\][\s\S]*second, third"):
+        select_ways(program, {"first": ["fourth"]})
+    with pytest.raises(PassError, match="no way out would be left"):
+        select_ways(program, {"first": []})
+    with pytest.raises(PassError, match=r"no blocks \['fourth'\]"):
+        select_ways(program, {"fourth": ["third"]})
+    with pytest.raises(PassError, match="gate has been set"):
+        select_ways(exit_chain(), {"first": ["second"]})
 
 
 def test_set_gates_picks_the_head_and_hands_along_what_the_gate_reads() -> None:
     program = insert_exits(_chain(), {"first": [_head("e/a", "a"), _head("e/b", "b")]})
     gate = LinearGate(("b",), ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0)), (-0.25, 0.0))
-    changed = SetGates({"e": ExitSetting(gate, keep="e/b")})(program).program
+    changed = SetGates({"first": BranchSetting(gate, ("e/b", "second"), "e")})(program).program
     verify(changed)
     assert changed.exits == ("e", "backbone")
     x = torch.tensor([[2.0, 0, 0], [-2.0, 0, 0]])
@@ -192,13 +284,55 @@ def test_set_gates_picks_the_head_and_hands_along_what_the_gate_reads() -> None:
     assert "a" not in eliminate_dead_code(changed).entry.results
 
 
+def test_set_gates_orders_ways_and_drops_what_nothing_reaches() -> None:
+    program = insert_exits(_dag(), {"second": [_head("e/a", "a", reads="u")]})
+    gate = LinearGate(("h",), ((0.0, 0.0, 0.0), (1.0, 0.0, 0.0)), (0.0, 0.0))
+    settings = {
+        "first": BranchSetting(gate, ("third", "second"), None),
+        "second": BranchSetting(LinearGate(("h",), ((1.0, 0.0, 0.0),), (0.0,)), ("e/a",), "e"),
+        "third": BranchSetting(ConstantGate(0, 1), ("backbone",), "backbone"),
+    }
+    changed = set_gates(program, settings)
+    verify(changed)
+    assert changed.entry.terminator == Branch(gate, (Edge("third", ("h",)), Edge("second", ("x", "h"))))
+    assert changed.block("second").terminator == Return(("a",), "e")
+    assert not SetGates(settings | {"second": BranchSetting(ConstantGate(0, 1), ("e",), "e")})(
+        changed
+    ).modified
+    only = set_gates(program, {"first": BranchSetting(ConstantGate(0, 1), ("third",), None)})
+    assert [block.name for block in only.blocks] == ["first", "third"]
+
+
+def test_a_gate_reads_what_exists_on_every_way_in() -> None:
+    program = insert_exits(_dag(late=True), {"second": [_head("e", "a", reads="k")]})
+
+    def reading(value: str) -> dict[str, BranchSetting]:
+        gate = LinearGate((value,), ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0)), (0.0, 0.0))
+        return {"second": BranchSetting(gate, ("e", "third"), "e")}
+
+    along = set_gates(program, reading("h"))
+    verify(along)
+    assert list(along.block("second").params) == ["x", "k", "h"]
+    with pytest.raises(PassError, match="'w' does not reach block 'second'"):
+        set_gates(program, reading("w"))
+
+
 def test_set_gates_refuses_what_does_not_exist() -> None:
-    program = insert_exits(_chain(), {"first": [_head("e", "a")]})
-    with pytest.raises(PassError, match="no branch leads to exit 'f'"):
-        set_gates(program, {"f": ExitSetting(ConstantGate(0, 2), keep="f")})
+    program = insert_exits(_chain(), {"first": [_head("e", "a"), _head("f", "b")]})
+    two = ConstantGate(0, 2)
+    with pytest.raises(PassError, match=r"no way leads to 'g'[\s\S]*e, f, second"):
+        set_gates(program, {"first": BranchSetting(two, ("g", "second"), "g")})
+    with pytest.raises(PassError, match="2 ways leave"):
+        set_gates(program, {"first": BranchSetting(two, ("e", "f"), "e")})
+    with pytest.raises(PassError, match="2 actions for 1 ways"):
+        set_gates(program, {"first": BranchSetting(two, ("e",), "e")})
+    with pytest.raises(PassError, match="1 ways leave, none is named"):
+        set_gates(program, {"first": BranchSetting(two, ("e", "second"), None)})
+    with pytest.raises(PassError, match="no block 'g'"):
+        set_gates(program, {"g": BranchSetting(two, ("e", "second"), "e")})
     gate = LinearGate(("q",), ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0)), (0.0, 0.0))
     with pytest.raises(PassError, match="reads 'q', which no block makes"):
-        set_gates(program, {"e": ExitSetting(gate, keep="e")})
+        set_gates(program, {"first": BranchSetting(gate, ("e", "second"), "e")})
 
 
 def test_pass_along_needs_dominance() -> None:

@@ -1,0 +1,152 @@
+"""From a selection to what is handed over: packaged, checked, measured; or the plain engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from exitcompiler.certify import answers_of, certify, check_one_file, check_parity, measure_speedup
+from exitcompiler.controlflow import OutputStructure
+from exitcompiler.data import Rows
+from exitcompiler.engines import Engines
+from exitcompiler.findings import Findings
+from exitcompiler.packaging import pack, point_name
+from exitcompiler.program import Program
+from exitcompiler.progress import Reporter
+from exitcompiler.runtime.compiled import CompiledModel
+from exitcompiler.runtime.manifest import Artifact, Execution
+from exitcompiler.selection import Selection
+from exitcompiler.settings import Settings
+
+__all__ = ["Delivery"]
+
+WORTHWHILE: Final = 1.02
+"""The lower end of the measured speed-up has to be above this, else the plain engine is the result."""
+
+SPEEDUP_REPEATS: Final = 1500
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What the last steps of a compilation work with.
+
+    Args:
+        plain: The untouched backbone, or in a cascade the reference network: what all is compared with.
+        plain_us: Its time per row.
+        structure: How the model hands over its logits.
+        engines: Of the backend that was chosen.
+        fresh: Rows that nothing was chosen on.
+        settings: What was asked for.
+        findings: What is reported.
+        reporter: Progress.
+    """
+
+    plain: Program
+    plain_us: float
+    structure: OutputStructure
+    engines: Engines
+    fresh: Rows
+    settings: Settings
+    findings: Findings
+    reporter: Reporter
+
+    def of_selection(self, selection: Selection) -> CompiledModel:
+        """Package, check, measure; the plain engine where exits do not pay.
+
+        Raises:
+            LoweringError: A block cannot be lowered, or its outputs differ from torch's.
+        """
+        chosen = selection.chosen
+        if chosen.point.policy.is_plain:
+            return self.of_plain("nothing pays within the limit: every gate came out as 'always go on'")
+        with self.reporter.step("packaging"):
+            artifact = pack(
+                [chosen, *selection.shipped],
+                self.plain,
+                self.plain_us,
+                chosen.point.estimate.backbone_accuracy,
+                self.structure,
+                self.engines.backend,
+                self.engines.lowerer,
+                self.settings,
+            )
+        compiled = CompiledModel(artifact, self.engines.backend)
+        with self.reporter.step("checking outputs against torch"):
+            self.findings.parity = self._check_points(compiled, selection)
+        with self.reporter.step("measuring against the plain engine"):
+            execution = self._faster_execution(compiled)
+            compiled = compiled.with_artifact(_with_execution(artifact, execution))
+            latency = measure_speedup(
+                compiled, compiled.plain, self.fresh, self.settings.batch_size,
+                repeats=SPEEDUP_REPEATS, seed=self.settings.seed,
+            )  # fmt: skip
+        self.findings.measured(latency, execution, compiled)
+        if latency["speedup"]["lower"] <= WORTHWHILE:
+            return self.of_plain(
+                f"the program does not pay: measured speed-up {latency['speedup']['value']:.3f} "
+                f"(95 % interval from {latency['speedup']['lower']:.3f}), more than {WORTHWHILE} is asked for"
+            )
+        with self.reporter.step("certifying"):
+            certificate, seen = certify(compiled, compiled.plain, self.fresh, self.settings.drop_limit)
+        self.findings.certified(certificate, seen)
+        return self._complete(compiled, certificate)
+
+    def of_plain(self, reason: str) -> CompiledModel:
+        """The untouched backbone as the result, and why."""
+        self.findings.refuse(reason)
+        if self.settings.budget_us is not None and self.plain_us > self.settings.budget_us:
+            self.findings.note(
+                f"the plain engine takes {self.plain_us * self.settings.batch_size / 1000:.3f} ms, more than "
+                f"the budget of {self.settings.latency_budget_ms} ms"
+            )
+        artifact = pack(
+            [], self.plain, self.plain_us, 1.0, self.structure, self.engines.backend, self.engines.lowerer,
+            self.settings,
+        )  # fmt: skip
+        compiled = CompiledModel(artifact, self.engines.backend)
+        self.findings.parity = check_parity(compiled, self.plain, self.fresh, self.settings.precision)
+        if self.fresh.labels is not None:
+            accuracy = float((answers_of(compiled, self.fresh)[0] == self.fresh.labels).mean())
+            compiled = compiled.with_artifact(_with_plain_accuracy(artifact, accuracy))
+        return self._complete(compiled, None)
+
+    def _check_points(self, compiled: CompiledModel, selection: Selection) -> float:
+        """Parity of every shipped point; many rows for the chosen one, a few for the others."""
+        precision = self.settings.precision
+        worst = check_parity(compiled, selection.chosen.program, self.fresh, precision)
+        for built in selection.shipped:
+            other = compiled.select(name=point_name(built.point.accuracy_drop))
+            worst = max(worst, check_parity(other, built.program, self.fresh, precision, count=2))
+        return worst
+
+    def _faster_execution(self, compiled: CompiledModel) -> Execution:
+        """An engine per block or one engine of the one-file model: whichever measures faster for one row."""
+        if compiled.backend.name == "torch":
+            return "blocks"
+        one_file = compiled.with_artifact(_with_execution(compiled.artifact, "single"))
+        check_one_file(one_file, compiled, self.fresh, self.settings.precision)
+        times = measure_speedup(one_file, compiled, self.fresh, 1, repeats=400, seed=self.settings.seed)
+        single, blocks = times["program"]["mean_ms"], times["plain"]["mean_ms"]
+        self.findings.note(
+            f"one row: an engine per block takes {blocks:.4f} ms, one engine of model.onnx {single:.4f} ms"
+        )
+        return "single" if single < blocks else "blocks"
+
+    def _complete(self, compiled: CompiledModel, certificate: Mapping[str, Any] | None) -> CompiledModel:
+        """The same model with its report and certificate."""
+        manifest = replace(compiled.artifact.manifest, certificate=certificate)
+        artifact = replace(compiled.artifact, manifest=manifest, report=self.findings.report())
+        return compiled.with_artifact(artifact, notes=self.findings.notes)
+
+
+def _with_plain_accuracy(artifact: Artifact, accuracy: float) -> Artifact:
+    (point,) = artifact.manifest.operating_points
+    measured = replace(point, estimate=replace(point.estimate, accuracy=accuracy))
+    return replace(artifact, manifest=replace(artifact.manifest, operating_points=(measured,)))
+
+
+def _with_execution(artifact: Artifact, execution: Execution) -> Artifact:
+    points = artifact.manifest.operating_points
+    changed = (replace(points[0], execution=execution), *points[1:])
+    return replace(artifact, manifest=replace(artifact.manifest, operating_points=changed))
