@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exitcompiler.cascade import cascade as cascade
     from exitcompiler.compiler import compile as compile
     from exitcompiler.errors import ArtifactError as ArtifactError
     from exitcompiler.errors import BackendUnavailableError as BackendUnavailableError
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     from exitcompiler.errors import VerifyError as VerifyError
     from exitcompiler.runtime.compiled import CompiledModel as CompiledModel
     from exitcompiler.runtime.loading import load as load
+    from exitcompiler.splitting import split as split
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "cascade": "exitcompiler.cascade",
     "compile": "exitcompiler.compiler",
     "load": "exitcompiler.runtime.loading",
+    "split": "exitcompiler.splitting",
     "CompiledModel": "exitcompiler.runtime.compiled",
     **dict.fromkeys(
         (

@@ -38,7 +38,7 @@ from exitcompiler.naming import BACKBONE
 from exitcompiler.program import Block, Program, Return, ValueSpec
 from exitcompiler.row_independence import check_row_independence, take_rows, tolerance
 
-__all__ = ["BACKBONE", "Captured", "Example", "capture"]
+__all__ = ["BACKBONE", "Captured", "Example", "capture", "load_exported"]
 
 _RowFunction: TypeAlias = Callable[[Mapping[str, Tensor]], Any]
 
@@ -85,7 +85,7 @@ def capture(
         InputError: The example does not fit the model's parameters.
     """
     if isinstance(model, str | os.PathLike):
-        model = _load_exported(Path(model))
+        model = load_exported(Path(model))
     if isinstance(model, ExportedProgram):
         return _capture_exported(model, example, logits)
     if not isinstance(model, nn.Module):
@@ -154,7 +154,16 @@ def _capture_checked(
     return Captured(program, structure)
 
 
-def _load_exported(path: Path) -> ExportedProgram:
+def load_exported(path: Path) -> ExportedProgram:
+    """Read an exported program.
+
+    Args:
+        path: A ``.pt2`` file.
+
+    Raises:
+        InputError: There is none.
+        UnsupportedModelError: It is not an exported program.
+    """
     if not path.is_file():
         raise InputError(
             f"there is no file {path}", remedy="write one with torch.export.save(exported, path)"

@@ -1,0 +1,251 @@
+"""Collects what is found out about a cascade, and puts it together as the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from exitcompiler.cascade_baselines import learned_on, myopic, network_alone, oracle, parts, uniform
+from exitcompiler.costs import CostModel
+from exitcompiler.data import RowSplit
+from exitcompiler.evaluation import Evaluation, evaluate
+from exitcompiler.findings import Findings, place_entry
+from exitcompiler.fitting import Fitted
+from exitcompiler.flops import count_flops
+from exitcompiler.frontier import FrontierPoint, trade_offs
+from exitcompiler.naming import OWN
+from exitcompiler.networks import Network
+from exitcompiler.packaging import point_name
+from exitcompiler.scores import ScoreTable
+from exitcompiler.selection import Built, Selection
+from exitcompiler.settings import Settings
+from exitcompiler.topology import Topology
+
+__all__ = ["CascadeFindings", "network_shares", "overlap"]
+
+STEPS: Final = 8
+"""Trade-offs at which sub-topologies and thresholds are learned for the report."""
+
+BUDGETS: Final = 3
+
+
+class CascadeFindings(Findings):
+    """What is known of a cascade so far; the report at the end.
+
+    Args:
+        networks: In topological order, the reference last.
+        edges: Pairs (network, later network), by position.
+        settings: What was asked for.
+        split: How the calibration rows were divided.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        edges: frozenset[tuple[int, int]],
+        settings: Settings,
+        split: RowSplit,
+    ) -> None:
+        super().__init__(f"cascade of {len(networks)} networks", networks[-1].program, settings, split)
+        names = [network.name for network in networks]
+        bodies = [network.program.entry.body for network in networks]
+        sizes = [sum(p.numel() for p in body.parameters()) for body in bodies]
+        flops = [count_flops(body) for body in bodies]
+        self._report["model"] |= {"parameters": sum(sizes), "flops": sum(flops)}
+        self._report["exits"] = []
+        self._report["cascade"] = {
+            "reference": names[-1],
+            "networks": [
+                {"name": name, "parameters": size, "flops": count, "kept": name == names[-1], "reason": ""}
+                for name, size, count in zip(names, sizes, flops, strict=True)
+            ],
+            "edges": [[names[a], names[b]] for a, b in sorted(edges)],
+        }
+
+    def fitted_network(self, name: str, fitted: Fitted) -> None:
+        """Where a network could have exits, and which of these places got heads."""
+        self._head_flops |= {(f"{name}/{at}", kind): count for (at, kind), count in fitted.head_flops.items()}
+        if fitted.rows:
+            self._report["rows"]["fit"] = fitted.rows
+        places = [place_entry(place) for place in fitted.places]
+        self._report["exits"] += [
+            {**entry, "name": f"{name}/{entry['name']}", "network": name} for entry in places
+        ]
+
+    def selected(self, selection: Selection, table: ScoreTable, costs: CostModel) -> None:
+        """What the gates came out as, for the whole and for parts of it."""
+        ends = [network[-1] for network in table.topology.networks]
+        self._report["exits"] += [
+            {"name": name, "network": name, "depth": None, "end": True, "kept": False, "head": OWN}
+            for name in ends
+        ]
+        super().selected(selection, table, costs)
+        cascade = self._report["cascade"]
+        chosen = selection.chosen.point.policy
+        for entry, sites in zip(cascade["networks"], table.topology.networks, strict=True):
+            name = entry["name"]
+            alone = network_alone(table, costs, name)
+            kept = any(site in chosen.kept for site in sites)
+            entry |= {
+                "accuracy": alone.accuracy,
+                "latency_ms": self._ms(alone.mean_us),
+                "kept": kept,
+                "reason": _reason(name, kept, ends),
+            }
+        cascade["used_edges"] = _used_edges(selection.chosen)
+        cascade["budgets"] = self._budgets(selection, costs)
+        cascade["overlap"] = overlap(table, ends)
+        learn, judge = self._halves(table)
+        cascade["frontiers"] = self._frontiers(selection, learn, judge, costs)
+
+    def _exits(self, chosen: Built, table: ScoreTable, costs: CostModel) -> None:
+        super()._exits(chosen, table, costs)
+        for entry in self._report["exits"]:
+            if entry.get("end"):
+                entry["reason"] = "answers what it is sure of" if entry["kept"] else "no row is answered here"
+
+    def _budgets(self, selection: Selection, costs: CostModel) -> list[dict[str, Any]]:
+        """The shares of networks at three shipped points: the most frugal, the chosen, the most accurate."""
+        built = [b for b in (selection.chosen, *selection.shipped) if not b.point.policy.is_plain]
+        built.sort(key=lambda b: b.mean_us)
+        if not built or selection.chosen.point.policy.is_plain:
+            return []
+        places = sorted({0, built.index(selection.chosen), len(built) - 1})
+        return [
+            {
+                "point": point_name(built[place].point.accuracy_drop),
+                "mean_latency_ms": self._ms(built[place].mean_us),
+                "accuracy_drop": float(built[place].point.accuracy_drop),
+                "networks": network_shares(built[place].point, costs),
+            }
+            for place in places[:BUDGETS]
+        ]
+
+    def _halves(self, table: ScoreTable) -> tuple[ScoreTable, ScoreTable]:
+        order = np.random.default_rng(self._settings.seed).permutation(table.rows)
+        return table.take(np.sort(order[::2])), table.take(np.sort(order[1::2]))
+
+    def _frontiers(
+        self, selection: Selection, learn: ScoreTable, judge: ScoreTable, costs: CostModel
+    ) -> dict[str, list[dict[str, float]]]:
+        """Learned policies of every sub-topology, on one half of the learning rows, judged on the other."""
+        trade_offs_us = trade_offs(learn.topology, costs, STEPS)
+        found = {}
+        for part in parts(learn.topology, chains=False, inner=True):
+            policies = learned_on(part, learn, costs, selection.frontier.recipe, trade_offs_us)
+            few, times = part.table(judge), part.costs(costs, learn.topology)
+            results = [evaluate(policy, few, times) for policy in policies]
+            found[" > ".join(part.names)] = [self._baseline_point(r) for r in _pareto(results)]
+        return found
+
+    def _baselines(self, table: ScoreTable, costs: CostModel) -> dict[str, list[dict[str, float]]]:
+        """Each baseline chosen on one half of the learning rows and judged on the other."""
+        learn, judge = self._halves(table)
+        trade_offs_us = trade_offs(table.topology, costs, STEPS)
+        thresholds = [
+            (evaluate(policy, part.table(learn, own=True), part.costs(costs, table.topology)), part, policy)
+            for part, policy in myopic(learn, costs, trade_offs_us)
+        ]
+        best = _pareto([result for result, _, _ in thresholds])
+        curves = {
+            "myopic": [
+                evaluate(policy, part.table(judge, own=True), part.costs(costs, table.topology))
+                for result, part, policy in thresholds
+                if any(result is other for other in best)
+            ],
+            "uniform": uniform(learn, costs, judge, self._settings.seed),
+            "networks": [network_alone(judge, costs, sites[-1]) for sites in table.topology.networks],
+            "oracle": oracle(judge, costs),
+        }
+        return {name: [self._baseline_point(r) for r in _pareto(rs)] for name, rs in curves.items()}
+
+
+def network_shares(point: FrontierPoint, costs: CostModel) -> list[dict[str, Any]]:
+    """How a policy uses the networks: rows run, rows answered, and time.
+
+    Args:
+        point: The policy with its evaluation.
+        costs: Measured times, of all places.
+
+    Returns:
+        Per network ``name``, ``share_of_rows_run``, ``share_of_rows_answered`` and ``share_of_time``.
+    """
+    estimate, topology = point.estimate, point.policy.topology
+    times = costs.times_us(topology, point.policy.steps)
+    places = topology.places
+    rates = [estimate.pass_rates.get(site, 0.0) for site in places]
+    spent = {site: time * rate for site, time, rate in zip(places, times.tolist(), rates, strict=True)}
+    total = sum(spent.values())
+    found = []
+    for sites in topology.networks:
+        run = [estimate.pass_rates.get(site, 0.0) for site in sites if spent[site] > 0.0]
+        found.append(
+            {
+                "name": sites[-1],
+                "share_of_rows_run": float(max(run, default=0.0)),
+                "share_of_rows_answered": float(sum(estimate.exit_rates.get(site, 0.0) for site in sites)),
+                "share_of_time": float(sum(spent[site] for site in sites) / total) if total else 0.0,
+            }
+        )
+    return found
+
+
+def overlap(table: ScoreTable, networks: Sequence[str]) -> dict[str, Any]:
+    """Which networks are right on the same rows.
+
+    Args:
+        table: The rows.
+        networks: Names, whose own answers count.
+
+    Returns:
+        ``networks``; ``patterns``: for each set of networks the share of rows where exactly these are
+        right, by falling share; ``only_right[i][j]``: the share where i is right and j is wrong.
+    """
+    right = np.stack([table.correct((name, OWN)) for name in networks], axis=1)
+    patterns, counts = np.unique(right, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return {
+        "networks": list(networks),
+        "patterns": [
+            {
+                "right": [name for name, ok in zip(networks, patterns[i], strict=True) if ok],
+                "share": float(counts[i] / len(right)),
+            }
+            for i in order
+        ],
+        "only_right": [[float((a & ~b).mean()) for b in right.T] for a in right.T],
+    }
+
+
+def _reason(name: str, kept: bool, ends: Sequence[str]) -> str:
+    if not kept:
+        return "every gate came out as never to go there, or always past it"
+    if name == ends[-1]:
+        return "the reference: answers what is left"
+    return "what it answers saves more than it costs"
+
+
+def _used_edges(built: Built) -> list[list[str]]:
+    """The edges between networks that the program has."""
+    policy = built.point.policy
+    topology: Topology = policy.topology
+    number = dict(zip(topology.sites, topology.network_of, strict=False))
+    used = set()
+    for site in policy.kept:
+        for target in policy.targets(site):
+            while target is not None and topology.sites[target] not in policy.kept:
+                (target,) = policy.targets(topology.sites[target])
+            if target is not None and topology.network_of[target] != number[site]:
+                used.add((number[site], topology.network_of[target]))
+    return [[topology.networks[a][-1], topology.networks[b][-1]] for a, b in sorted(used)]
+
+
+def _pareto(results: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those that no other one beats, by rising accuracy drop."""
+    kept: list[Evaluation] = []
+    for result in sorted(results, key=lambda r: (r.accuracy_drop, r.mean_us)):
+        if not kept or result.mean_us < kept[-1].mean_us:
+            kept.append(result)
+    return kept
