@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import logging
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +11,18 @@ import typer.core
 from rich.console import Console
 from rich.logging import RichHandler
 
-from exitcompiler.cli_tables import Output, answers_table, bench_tables, points_table
+from exitcompiler import cli_options as options
+from exitcompiler.cli_tables import (
+    Output,
+    answers_table,
+    answers_to_list,
+    answers_to_npz,
+    bench_tables,
+    parts_text,
+    points_table,
+)
 from exitcompiler.errors import ExitCompilerError
-from exitcompiler.runtime.explain import explain, format_share
+from exitcompiler.runtime.explain import format_share
 
 if TYPE_CHECKING:
     from exitcompiler.image_folder import ImagePreprocessing
@@ -48,50 +55,6 @@ app = typer.Typer(
 )
 
 
-class ExportFormat(StrEnum):
-    """What ``export`` writes."""
-
-    ONNX = "onnx"
-    BLOCKS = "blocks"
-
-
-ArtifactArgument = Annotated[
-    Path, typer.Argument(metavar="OUT.exit", help="A compiled program.", show_default=False)
-]
-DataOption = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="DATA",
-        help=".npz with x and y, a folder of images by class, or package.module:factory.",
-        show_default=False,
-    ),
-]
-MeanOption = Annotated[
-    str, typer.Option(help="Images: subtracted after /255; one number, or one per channel: 0.49,0.48,0.45.")
-]
-StdOption = Annotated[str, typer.Option(help="Images: divided by after --mean.")]
-ImageSizeOption = Annotated[
-    str | None,
-    typer.Option(metavar="HEIGHTxWIDTH", help="Images: resize to this (default: the model's input)."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Figures as JSON on stdout, text on stderr.")]
-MaxDropOption = Annotated[
-    float | None,
-    typer.Option(
-        min=0.0, max=1.0, help="Accuracy that may be lost, as a share: 0.01 is one point.", show_default=False
-    ),
-]
-LatencyBudgetOption = Annotated[
-    float | None,
-    typer.Option(min=0.0, help="Mean latency in milliseconds to stay within.", show_default=False),
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Threads per call (default: as compiled for).", show_default=False)
-]
-BackendOption = Annotated[str, typer.Option(help="auto, onnxruntime, openvino or torch.")]
-
-
 @app.callback()
 def common(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -106,52 +69,34 @@ def common(
 @app.command("compile")
 def compile_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=".pt2 file, or package.module:factory.")],
-    calib: Annotated[
-        str, typer.Option("--calib", metavar="DATA", help="Held-out rows with labels.", show_default=False)
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.exit", show_default=False)],
-    train: Annotated[
-        str | None,
-        typer.Option("--train", metavar="DATA", help="Rows to fit the exit heads on.", show_default=False),
-    ] = None,
-    max_drop: MaxDropOption = None,
-    latency_budget_ms: LatencyBudgetOption = None,
-    backend: BackendOption = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, or opted in: bf16.")] = "fp32",
-    batch_size: Annotated[int, typer.Option(min=1, help="The batch size to optimise for.")] = 1,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads (default: the machine's cores).")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    logits: Annotated[
-        str | None,
-        typer.Option(help="Which output holds the logits: its name or number.", show_default=False),
-    ] = None,
-    dump: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Write the program before and after every pass there."),
-    ] = None,
-    mean: MeanOption = "0",
-    std: StdOption = "1",
-    image_size: ImageSizeOption = None,
-    as_json: JsonOption = False,
+    calib: options.CalibOption,
+    output: options.OutputOption,
+    train: options.TrainOption = None,
+    max_drop: options.MaxDropOption = None,
+    latency_budget_ms: options.LatencyBudgetOption = None,
+    backend: options.BackendOption = "auto",
+    precision: options.PrecisionOption = "fp32",
+    batch_size: options.BatchSizeOption = 1,
+    threads: options.CompileThreadsOption = None,
+    seed: options.SeedOption = 0,
+    logits: options.LogitsOption = None,
+    dump: options.DumpOption = None,
+    mean: options.MeanOption = "0",
+    std: options.StdOption = "1",
+    image_size: options.ImageSizeOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Compile a model: find exits, learn when to take them, prune what does not pay, save the program."""
     import exitcompiler
-    from exitcompiler.artifact import require_replaceable
-    from exitcompiler.data_sources import input_shape_of_model, load_data, load_model
-    from exitcompiler.files import require_writable
+    from exitcompiler.data_sources import input_shape_of_model, load_model
 
-    _require_one_target(max_drop, latency_budget_ms)
-    preprocessing = _preprocessing(mean, std, image_size)
-    require_writable(output)
-    require_replaceable(output)
+    options.require_one_target(max_drop, latency_budget_ms)
+    preprocessing = options.read_preprocessing(mean, std, image_size)
+    _require_place(output)
     _share_threads(backend, threads)
-    out = Output(as_json=as_json)
     network, example = load_model(model)
     shape = input_shape_of_model(network, example)
-    calib_data = load_data(calib, input_shape=shape, preprocessing=preprocessing)
-    train_data = None if train is None else load_data(train, input_shape=shape, preprocessing=preprocessing)
+    calib_data, train_data = _load_both(calib, train, shape, preprocessing)
     compiled = exitcompiler.compile(
         network,
         calib_data,
@@ -163,25 +108,84 @@ def compile_command(
         batch_size=batch_size,
         threads=threads,
         seed=seed,
-        logits=int(logits) if logits is not None and logits.isdecimal() else logits,
+        logits=options.read_logits(logits),
         dump=dump,
     )
-    compiled.save(output)
-    out.show(compiled.explain(), f"\nSaved to {output}.")
-    out.result({"artifact": str(output), "report": compiled.artifact.report})
+    _save(compiled, output, Output(as_json=as_json))
+
+
+@app.command("cascade")
+def cascade_command(
+    models: options.NetworksArgument,
+    calib: options.CalibOption,
+    output: options.OutputOption,
+    name: options.NameOption = None,
+    edge: options.EdgeOption = None,
+    transform: options.TransformOption = None,
+    early_exits: Annotated[
+        bool, typer.Option("--early-exits", help="Give each network exits of its own as well.")
+    ] = False,
+    train: options.TrainOption = None,
+    max_drop: options.MaxDropOption = None,
+    latency_budget_ms: options.LatencyBudgetOption = None,
+    backend: options.BackendOption = "auto",
+    precision: options.PrecisionOption = "fp32",
+    batch_size: options.BatchSizeOption = 1,
+    threads: options.CompileThreadsOption = None,
+    seed: options.SeedOption = 0,
+    logits: options.LogitsOption = None,
+    dump: options.DumpOption = None,
+    mean: options.MeanOption = "0",
+    std: options.StdOption = "1",
+    image_size: options.ImageSizeOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Compile several networks, cheap to expensive: learn which rows need which, save the program."""
+    import exitcompiler
+    from exitcompiler.data_sources import input_shape_of_networks, load_model, load_transform
+
+    options.require_one_target(max_drop, latency_budget_ms)
+    for option, given in (("--name", name or []), ("--transform", transform or [])):
+        options.require_one_per_network(option, given, len(models))
+    edges = options.read_edges(edge or [], name or [])
+    preprocessing = options.read_preprocessing(mean, std, image_size)
+    _require_place(output)
+    _share_threads(backend, threads)
+    networks = [load_model(model) for model in models]
+    transforms = [load_transform(text) for text in transform] if transform else None
+    shape = input_shape_of_networks(networks, transforms)
+    calib_data, train_data = _load_both(calib, train, shape, preprocessing)
+    compiled = exitcompiler.cascade(
+        [network for network, _ in networks],
+        calib_data,
+        edges=edges,
+        names=name or None,
+        transforms=transforms,
+        train_data=train_data,
+        early_exits=early_exits,
+        max_accuracy_drop=max_drop,
+        latency_budget_ms=latency_budget_ms,
+        backend=backend,
+        precision=precision,
+        batch_size=batch_size,
+        threads=threads,
+        seed=seed,
+        logits=options.read_logits(logits),
+        dump=dump,
+    )
+    _save(compiled, output, Output(as_json=as_json))
 
 
 @app.command()
-def inspect(artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
+def inspect(artifact: options.ArtifactArgument, as_json: options.JsonOption = False) -> None:
     """Say what a compiled program is: its exits and why, its operating points, its certificate."""
-    from exitcompiler.inspection import describe_artifact
+    from exitcompiler.inspection import describe_artifact, explain_artifact
     from exitcompiler.runtime.artifact_files import read_artifact
 
     out = Output(as_json=as_json)
     read = read_artifact(artifact)
     facts = describe_artifact(read)
-    selected = read.manifest.operating_points[read.manifest.selected]
-    out.show(explain(read.report, selected), "", points_table(facts["operating_points"]))
+    out.show(explain_artifact(read), "", points_table(facts["operating_points"]))
     for key in ("inputs", "outputs"):
         out.show(f"{key.capitalize():<9}" + ", ".join(f"{name}: {spec}" for name, spec in facts[key].items()))
     out.show(f"{'Files':<9}{facts['files']} files, {facts['size_bytes'] / 1e6:.2f} MB")
@@ -190,50 +194,35 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def run(
-    artifact: ArtifactArgument,
-    data: DataOption,
+    artifact: options.ArtifactArgument,
+    data: options.DataOption,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="ANSWERS.npz", help="Write all answers there.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Answer only the first rows.")] = None,
-    max_drop: MaxDropOption = None,
-    latency_budget_ms: LatencyBudgetOption = None,
-    backend: BackendOption = "auto",
-    threads: ThreadsOption = None,
-    mean: MeanOption = "0",
-    std: StdOption = "1",
-    image_size: ImageSizeOption = None,
-    as_json: JsonOption = False,
+    max_drop: options.MaxDropOption = None,
+    latency_budget_ms: options.LatencyBudgetOption = None,
+    backend: options.BackendOption = "auto",
+    threads: options.ThreadsOption = None,
+    mean: options.MeanOption = "0",
+    std: options.StdOption = "1",
+    image_size: options.ImageSizeOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Answer rows, and say at which exit each was answered."""
-    import numpy as np
-
     from exitcompiler.benchmarking import answer_rows
     from exitcompiler.files import require_writable, write_file
 
     if output is not None:
         require_writable(output)
     compiled = _load(artifact, backend, threads, max_drop, latency_budget_ms)
-    rows = _load_rows(compiled, data, _preprocessing(mean, std, image_size))
+    rows = _load_rows(compiled, data, options.read_preprocessing(mean, std, image_size))
     out = Output(as_json=as_json)
     answers = answer_rows(compiled, rows, batch_size, max_rows)
-    listed = [
-        {"class": int(label), "confidence": float(confidence), "exit": answers.exits[index]}
-        for label, confidence, index in zip(
-            answers.predictions, answers.confidence, answers.exit_index, strict=True
-        )
-    ]
+    listed = answers_to_list(answers)
     if output is not None:
-        content = io.BytesIO()
-        np.savez(
-            content,
-            prediction=answers.predictions,
-            exit_index=answers.exit_index,
-            confidence=answers.confidence,
-            exits=np.array(answers.exits),
-        )
-        write_file(output, content.getvalue())
+        write_file(output, answers_to_npz(answers))
     out.show(answers_table(listed, shown=10))
     if len(listed) > 10:
         out.show(f"... and {len(listed) - 10} more (--json or -o ANSWERS.npz has all)")
@@ -252,26 +241,26 @@ def run(
 
 @app.command()
 def bench(
-    artifact: ArtifactArgument,
-    data: DataOption,
+    artifact: options.ArtifactArgument,
+    data: options.DataOption,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     max_rows: Annotated[int, typer.Option(min=1, help="How many rows to use at most.")] = 1000,
     passes: Annotated[int, typer.Option(min=1, help="How often to run all of them.")] = 3,
-    max_drop: MaxDropOption = None,
-    latency_budget_ms: LatencyBudgetOption = None,
-    backend: BackendOption = "auto",
-    threads: ThreadsOption = None,
+    max_drop: options.MaxDropOption = None,
+    latency_budget_ms: options.LatencyBudgetOption = None,
+    backend: options.BackendOption = "auto",
+    threads: options.ThreadsOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
-    mean: MeanOption = "0",
-    std: StdOption = "1",
-    image_size: ImageSizeOption = None,
-    as_json: JsonOption = False,
+    mean: options.MeanOption = "0",
+    std: options.StdOption = "1",
+    image_size: options.ImageSizeOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Time a program against the whole network on real rows, paired and interleaved."""
     from exitcompiler.benchmarking import benchmark
 
     compiled = _load(artifact, backend, threads, max_drop, latency_budget_ms)
-    rows = _load_rows(compiled, data, _preprocessing(mean, std, image_size))
+    rows = _load_rows(compiled, data, options.read_preprocessing(mean, std, image_size))
     out = Output(as_json=as_json)
     figures = benchmark(compiled, rows, batch_size=batch_size, max_rows=max_rows, passes=passes, seed=seed)
     speedup = figures["speedup"]
@@ -286,14 +275,16 @@ def bench(
 
 @app.command()
 def report(
-    artifact: ArtifactArgument,
+    artifact: options.ArtifactArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="REPORT.html")] = Path("report.html"),
 ) -> None:
     """Write the report as one self-contained HTML file."""
+    from exitcompiler.inspection import require_report
     from exitcompiler.report import write_report
     from exitcompiler.runtime.artifact_files import read_artifact
 
     read = read_artifact(artifact)
+    require_report(read)
     selected = read.manifest.operating_points[read.manifest.selected]
     write_report(read.report, selected.control_flow, output, point=selected)
     Output(as_json=False).show(f"Wrote {output}.")
@@ -301,32 +292,37 @@ def report(
 
 @app.command()
 def export(
-    artifact: ArtifactArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="MODEL.onnx", show_default=False)],
-    form: Annotated[
-        ExportFormat,
-        typer.Option(
-            "--format", help="onnx: the whole program in one file; blocks: a folder, one file per block."
-        ),
-    ] = ExportFormat.ONNX,
+    artifact: options.ArtifactArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="MODEL.onnx|FOLDER", show_default=False)],
+    form: options.FormOption = None,
+    edge: options.SplitOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
-    """Write the selected program as ONNX, to be run by other tools."""
-    from exitcompiler.inspection import export_blocks, export_one_file
+    """Write the selected program as ONNX, to be run by other tools, or cut in two."""
+    from exitcompiler.inspection import describe_parts, export_blocks, export_one_file, export_parts
     from exitcompiler.runtime.artifact_files import read_artifact
 
+    if edge is not None and form is not None:
+        raise typer.BadParameter("give --format or --split, not both")
     loaded = read_artifact(artifact)
-    if form is ExportFormat.ONNX:
-        export_one_file(loaded, output)
-    else:
+    out = Output(as_json=as_json)
+    figures: dict[str, Any] = {"output": str(output)}
+    if edge is not None:
+        figures |= describe_parts(export_parts(loaded, edge, output))
+        out.show(*parts_text(figures))
+    elif form is options.ExportFormat.BLOCKS:
         export_blocks(loaded, output)
-    Output(as_json=False).show(f"Wrote {output}.")
+    else:
+        export_one_file(loaded, output)
+    out.show(f"Wrote {output}.")
+    out.result(figures)
 
 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER")] = Path("out/demo"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Train a small network on images of digits, compile it, and show what its exits save."""
     from exitcompiler.demo import run_demo
@@ -335,9 +331,29 @@ def demo(
     out.result(run_demo(output, out.console, seed=seed))
 
 
-def _require_one_target(max_drop: float | None, latency_budget_ms: float | None) -> None:
-    if max_drop is not None and latency_budget_ms is not None:
-        raise typer.BadParameter("give --max-drop or --latency-budget-ms, not both")
+def _require_place(output: Path) -> None:
+    """Refuse a place where no artifact can be saved, before the work for it."""
+    from exitcompiler.artifact import require_replaceable
+    from exitcompiler.files import require_writable
+
+    require_writable(output)
+    require_replaceable(output)
+
+
+def _load_both(calib: str, train: str | None, shape: Any, preprocessing: ImagePreprocessing) -> Any:
+    """The calibration rows, and the training rows or None."""
+    from exitcompiler.data_sources import load_data
+
+    loaded = [load_data(calib, input_shape=shape, preprocessing=preprocessing), None]
+    if train is not None:
+        loaded[1] = load_data(train, input_shape=shape, preprocessing=preprocessing)
+    return loaded
+
+
+def _save(compiled: CompiledModel, output: Path, out: Output) -> None:
+    compiled.save(output)
+    out.show(compiled.explain(), f"\nSaved to {output}.")
+    out.result({"artifact": str(output), "report": compiled.artifact.report})
 
 
 def _load(
@@ -350,7 +366,7 @@ def _load(
     from exitcompiler.runtime.artifact_files import read_artifact
     from exitcompiler.runtime.loading import open_artifact
 
-    _require_one_target(max_drop, latency_budget_ms)
+    options.require_one_target(max_drop, latency_budget_ms)
     read = read_artifact(artifact)
     _share_threads(backend, read.manifest.threads if threads is None else threads)
     compiled = open_artifact(read, backend, threads=threads)
@@ -376,22 +392,3 @@ def _load_rows(compiled: CompiledModel, data: str, preprocessing: ImagePreproces
     specs = list(compiled.artifact.manifest.inputs.values())
     shape = specs[0].shape if len(specs) == 1 else None
     return load_data(data, input_shape=shape, preprocessing=preprocessing)
-
-
-def _preprocessing(mean: str, std: str, image_size: str | None) -> ImagePreprocessing:
-    from exitcompiler.image_folder import ImagePreprocessing
-
-    size = None
-    if image_size is not None:
-        height, _, width = image_size.lower().partition("x")
-        if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-            raise typer.BadParameter(f"--image-size {image_size!r} is not HEIGHTxWIDTH, for example 224x224")
-        size = (int(height), int(width))
-    return ImagePreprocessing(_numbers(mean, "--mean"), _numbers(std, "--std"), size)
-
-
-def _numbers(text: str, option: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"{option} {text!r} is not numbers with commas between") from None

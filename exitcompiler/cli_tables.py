@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from exitcompiler.runtime.explain import format_duration, format_share, taken_exits
 
-__all__ = ["Output", "answers_table", "bench_tables", "points_table"]
+if TYPE_CHECKING:
+    from exitcompiler.benchmarking import Answers
+
+__all__ = [
+    "Output",
+    "answers_table",
+    "answers_to_list",
+    "answers_to_npz",
+    "bench_tables",
+    "parts_text",
+    "points_table",
+]
 
 
 class Output:
@@ -79,6 +91,49 @@ def answers_table(answers: Sequence[Mapping[str, Any]], shown: int) -> Table:
     for number, answer in enumerate(answers[:shown]):
         table.add_row(str(number), str(answer["class"]), f"{answer['confidence']:.3f}", answer["exit"])
     return table
+
+
+def answers_to_list(answers: Answers) -> list[dict[str, Any]]:
+    """Each row's class, confidence and exit."""
+    rows = zip(answers.predictions, answers.confidence, answers.exit_index, strict=True)
+    return [
+        {"class": int(label), "confidence": float(confidence), "exit": answers.exits[index]}
+        for label, confidence, index in rows
+    ]
+
+
+def answers_to_npz(answers: Answers) -> bytes:
+    """An ``.npz`` file of ``prediction``, ``exit_index``, ``confidence``, and ``exits``, the names."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.savez(
+        content,
+        prediction=answers.predictions,
+        exit_index=answers.exit_index,
+        confidence=answers.confidence,
+        exits=np.array(answers.exits),
+    )
+    return content.getvalue()
+
+
+def parts_text(figures: Mapping[str, Any]) -> list[str]:
+    """What a program was cut into, and what goes from one part to the other."""
+    hand_over = figures["hand_over"]
+    lines = [
+        f"Cut at {', '.join(figures['edges'])}: near part {figures['near_bytes'] / 1e6:.2f} MB, "
+        f"far part {figures['far_bytes'] / 1e6:.2f} MB.",
+        f"Handed over, {hand_over['bytes_per_row']} bytes per row: "
+        + ", ".join(f"{name}: {spec}" for name, spec in hand_over["values"].items()),
+    ]
+    if figures["share"] is not None:
+        lines.append(f"Estimated: {format_share(figures['share'])} of the rows go on to the far part.")
+    if figures["shared"]:
+        lines.append(
+            f"In both parts, as other edges lead there: {', '.join(figures['shared'])}. "
+            "To cut all edges into a block, give its name alone."
+        )
+    return lines
 
 
 def _share(share: float | None) -> str:

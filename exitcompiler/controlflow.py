@@ -1,19 +1,16 @@
 """Control flow as plain data: what a program and a saved artifact have in common.
 
 A program is an acyclic control-flow graph of basic blocks with block arguments, as in any compiler.
-This module holds everything about it but the bodies: value types, edges, gates, terminators, and what
-makes them well-formed. It needs neither torch nor numpy, so that the runtime and the compiler share
-one definition.
+This module holds everything about it but the bodies: value types, edges, gates and terminators; what
+makes them well-formed is in `control_flow_checks`. It needs neither torch nor numpy, so that the runtime
+and the compiler share one definition.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
-
-from exitcompiler.errors import VerifyError
 
 __all__ = [
     "ACTION",
@@ -39,7 +36,7 @@ __all__ = [
     "engine_signature",
     "map_successors",
     "successors",
-    "verify_control_flow",
+    "taken_along",
 ]
 
 BATCH: Final = "batch"
@@ -80,10 +77,18 @@ class ValueSpec:
 
 @dataclass(frozen=True, slots=True)
 class Return:
-    """Leave the program: ``values`` bind its outputs; ``exit`` names the place."""
+    """Leave the program: ``values`` bind its outputs; ``exit`` names the place.
+
+    Args:
+        values: What binds the program's outputs, in order.
+        exit: Unique in the program.
+        carries: What binds `ControlFlow.carried`, in order, where rows that leave here go on in another
+            program; empty where they do not.
+    """
 
     values: tuple[str, ...]
     exit: str
+    carries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +176,11 @@ def successors(terminator: Terminator) -> tuple[Successor, ...]:
             return edges
 
 
+def taken_along(way: Successor) -> tuple[str, ...]:
+    """All values that rows take along: what binds outputs or params, then what they carry."""
+    return way.values + way.carries if isinstance(way, Return) else way.values
+
+
 def map_successors(terminator: Terminator, change: Callable[[Successor], Successor]) -> Terminator:
     """The terminator with every way out replaced by what ``change`` makes of it."""
     if isinstance(terminator, Branch):
@@ -209,11 +219,14 @@ class ControlFlow:
         inputs: Name -> type; equal to the params of the first block.
         outputs: Name -> type; what every ``Return`` binds.
         blocks: In topological order; the first is the entry.
+        carried: Name -> type; what rows hand over where they leave to go on in another program, which takes
+            this as its inputs. Empty for a program that is whole.
     """
 
     inputs: Mapping[str, ValueSpec]
     outputs: Mapping[str, ValueSpec]
     blocks: tuple[BlockInterface, ...]
+    carried: Mapping[str, ValueSpec] = field(default_factory=dict)
 
     @property
     def entry(self) -> BlockInterface:
@@ -249,121 +262,13 @@ def _returns(blocks: Iterable[BlockInterface]) -> Iterator[Return]:
                 yield way
 
 
-def verify_control_flow(flow: ControlFlow) -> None:
-    """Check that a program's control flow is well-formed.
-
-    Acyclic and in topological order, everything reachable, names unique, every edge binds every
-    param with the right shape, dtype and batch axis, every return binds every output, a gate has as
-    many actions as edges and reads only what its own block has on every way in.
-
-    Raises:
-        VerifyError: Naming the block and the value at fault.
-    """
-    if not flow.blocks:
-        raise VerifyError("a program needs at least one block")
-    position = {block.name: i for i, block in enumerate(flow.blocks)}
-    if len(position) != len(flow.blocks):
-        raise VerifyError(f"block names are not unique: {[b.name for b in flow.blocks]}")
-    _require_equal(flow.inputs, flow.entry.params, "entry", "the program's inputs", "its params")
-    _verify_exit_names(flow)
-    reached = {flow.entry.name}
-    for index, block in enumerate(flow.blocks):
-        where = f"block {block.name!r}"
-        if block.name not in reached:
-            raise VerifyError("no edge leads here", where=where)
-        _verify_values(block, where)
-        for way in successors(block.terminator):
-            if isinstance(way, Return):
-                _verify_binding(block, way.values, flow.outputs, f"{where}, exit {way.exit!r}")
-                continue
-            target = position.get(way.target)
-            if target is None:
-                raise VerifyError(f"edge to unknown block {way.target!r}", where=where)
-            if target <= index:
-                raise VerifyError(f"edge back to {way.target!r}: blocks must be in order", where=where)
-            reached.add(way.target)
-            _verify_binding(block, way.values, flow.blocks[target].params, f"{where} -> {way.target!r}")
-        if isinstance(block.terminator, Branch):
-            _verify_gate(block, block.terminator, where)
-
-
-def _verify_exit_names(flow: ControlFlow) -> None:
-    names = flow.exits
-    if not names:
-        raise VerifyError("no block returns")
-    if len(set(names)) != len(names):
-        raise VerifyError(f"exit names are not unique: {list(names)}")
-
-
-def _verify_values(block: BlockInterface, where: str) -> None:
-    both = block.params.keys() & block.results.keys()
-    if both:
-        raise VerifyError(f"{sorted(both)} are both params and results", where=where)
-    for name, spec in block.values.items():
-        if name in RESERVED:
-            raise VerifyError(f"value name {name!r} is reserved for lowering", where=where)
-        if spec.dtype not in DTYPES:
-            raise VerifyError(f"value {name!r} has unknown dtype {spec.dtype!r}", where=where)
-        for axis, size in enumerate(spec.shape):
-            if not (isinstance(size, int) and size >= 0) and not (axis == 0 and size == BATCH):
-                raise VerifyError(f"value {name!r} has a bad shape {spec.shape}", where=where)
-
-
-def _verify_binding(
-    block: BlockInterface, values: Sequence[str], params: Mapping[str, ValueSpec], where: str
-) -> None:
-    if len(values) != len(params):
-        raise VerifyError(f"{len(values)} values bind {len(params)} params {list(params)}", where=where)
-    available = block.values
-    for value, (param, spec) in zip(values, params.items(), strict=True):
-        if value not in available:
-            raise VerifyError(f"value {value!r} does not exist in the block", where=where)
-        if available[value] != spec:
-            raise VerifyError(f"{value!r}: {available[value]} cannot bind {param!r}: {spec}", where=where)
-
-
-def _verify_gate(block: BlockInterface, branch: Branch, where: str) -> None:
-    gate = branch.gate
-    if gate.actions != len(branch.edges):
-        raise VerifyError(f"the gate has {gate.actions} actions for {len(branch.edges)} edges", where=where)
-    if gate.actions < 1:
-        raise VerifyError("a branch needs at least one edge", where=where)
-    if isinstance(gate, ConstantGate):
-        if not 0 <= gate.action < gate.actions:
-            raise VerifyError(f"constant action {gate.action} of {gate.actions}", where=where)
-        return
-    width = 0
-    for name in gate.reads:
-        spec = block.values.get(name)
-        if spec is None:
-            raise VerifyError(f"the gate reads {name!r}, which does not reach it", where=where)
-        if spec.dtype != "float32" or len(spec.shape) != 2 or spec.batch_axis != 0:
-            raise VerifyError(f"the gate reads {name!r}: {spec}, not float32[batch, n]", where=where)
-        width += int(spec.shape[1])
-    if len(gate.weight) != gate.actions or any(len(row) != width for row in gate.weight):
-        raise VerifyError(f"gate weights are not [{gate.actions}][{width}]", where=where)
-    if not all(math.isfinite(v) for row in (*gate.weight, gate.bias) for v in row):
-        raise VerifyError("gate parameters must be finite", where=where)
-
-
-def _require_equal(
-    a: Mapping[str, ValueSpec], b: Mapping[str, ValueSpec], where: str, a_name: str, b_name: str
-) -> None:
-    if list(a.items()) != list(b.items()):
-        raise VerifyError(f"{a_name} {_show(a)} differ from {b_name} {_show(b)}", where=where)
-
-
-def _show(specs: Mapping[str, ValueSpec]) -> str:
-    return "(" + ", ".join(f"{name}: {spec}" for name, spec in specs.items()) + ")"
-
-
 @dataclass(frozen=True, slots=True)
 class EngineSignature:
     """What a lowered block takes and gives, by name and in order.
 
     Args:
         inputs: The block's params, then ``GATE_WEIGHT`` and ``GATE_BIAS`` where it ends in a linear gate.
-        outputs: The results that some edge or return hands on, then ``ACTION`` (``int32[batch]``)
+        outputs: The results that some edge or return takes along, then ``ACTION`` (``int32[batch]``)
             where it ends in a linear gate. Empty: the block needs no engine.
     """
 
@@ -373,7 +278,7 @@ class EngineSignature:
 
 def engine_signature(block: BlockInterface) -> EngineSignature:
     """The signature that lowering and executors agree on for ``block``."""
-    handed_on = {value for way in successors(block.terminator) for value in way.values}
+    handed_on = {value for way in successors(block.terminator) for value in taken_along(way)}
     inputs = dict(block.params)
     outputs = {name: spec for name, spec in block.results.items() if name in handed_on}
     if isinstance(block.terminator, Branch) and isinstance(block.terminator.gate, LinearGate):

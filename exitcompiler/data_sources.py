@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,7 +23,15 @@ import numpy.typing as npt
 from exitcompiler.errors import CalibrationError, InputError, UnsupportedModelError
 from exitcompiler.image_folder import ImageFolder, ImagePreprocessing
 
-__all__ = ["Inputs", "batches_of", "input_shape_of_model", "load_data", "load_model"]
+__all__ = [
+    "Inputs",
+    "batches_of",
+    "input_shape_of_model",
+    "input_shape_of_networks",
+    "load_data",
+    "load_model",
+    "load_transform",
+]
 
 Array: TypeAlias = npt.NDArray[Any]
 Inputs: TypeAlias = "Array | dict[str, Array]"
@@ -118,6 +126,48 @@ def load_model(text: str) -> tuple[Any, Any]:
             remedy="return an nn.Module, an ExportedProgram, or a pair of one and an example input",
         )
     return model, example
+
+
+def load_transform(text: str) -> Any:
+    """Make the input transform of a network of a cascade.
+
+    Args:
+        text: ``package.module:factory``, whose function returns the transform; or ``none``.
+
+    Returns:
+        What the factory returned, a module or function of a tensor; None for ``none``.
+
+    Raises:
+        InputError: It is of neither form, there is no such factory, or it returned something else.
+    """
+    if text == "none":
+        return None
+    where = f"transform {text!r}"
+    factory = _Factory.parse(text)
+    if factory is None:
+        raise InputError("is neither package.module:factory nor none", where=where)
+    transform = factory.call(where)
+    if not callable(transform):
+        raise InputError(
+            f"the factory returned a {type(transform).__name__}",
+            where=where,
+            remedy="return a module or a function that takes and returns a tensor",
+        )
+    return transform
+
+
+def input_shape_of_networks(
+    networks: Sequence[tuple[Any, Any]], transforms: Sequence[Any] | None
+) -> tuple[int | str, ...] | None:
+    """The shape of the input of a cascade, as far as a network that takes it as it is tells it.
+
+    Args:
+        networks: Models with an example input or None, as `load_model` returns them.
+        transforms: Per network, what is done to its input; None: nothing to any.
+    """
+    untouched = [network for i, network in enumerate(networks) if transforms is None or transforms[i] is None]
+    shapes = (input_shape_of_model(*network) for network in untouched)
+    return next((shape for shape in shapes if shape is not None), None)
 
 
 def input_shape_of_model(model: Any, example: Any) -> tuple[int | str, ...] | None:

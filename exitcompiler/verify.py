@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from exitcompiler.controlflow import BATCH, ValueSpec, verify_control_flow
+from exitcompiler.control_flow_checks import verify_control_flow
+from exitcompiler.controlflow import BATCH, ValueSpec
 from exitcompiler.errors import VerifyError
 from exitcompiler.program import Block, Program
 

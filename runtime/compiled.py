@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,14 @@ from exitcompiler.errors import ArtifactError, InputError
 from exitcompiler.runtime.backends import Array, Backend, Engine
 from exitcompiler.runtime.engine_pool import EnginePool
 from exitcompiler.runtime.forcing import force_exit
+from exitcompiler.runtime.hand_over import HandedOver, describe_part, take_handed_over
 from exitcompiler.runtime.inputs import InputReader, as_tensor, finite_check, require_finite
 from exitcompiler.runtime.manifest import Artifact, Execution, Manifest, OperatingPoint
+from exitcompiler.runtime.operating_points import OperatingPoints
 from exitcompiler.runtime.rows import BatchExecutor
 from exitcompiler.runtime.single_row import OneFileExecutor, SingleRowExecutor
 
-__all__ = ["CompiledModel", "OperatingPoints", "Result"]
+__all__ = ["CompiledModel", "Result"]
 
 _Answer: TypeAlias = tuple[list[Array], "int | NDArray[np.int32]", bool]
 
@@ -34,75 +36,14 @@ class Result:
         outputs: What the model returns, in its structure.
         exit_index: ``int32[batch]``, which of ``CompiledModel.exits`` each row took.
         confidence: ``float32[batch]``, the softmax probability of each row's answer.
+        handed_over: The rows that go on in the far part of a split program; until it answers, ``outputs``
+            holds the answer that they have so far. None if this is not a near part.
     """
 
     outputs: Any
     exit_index: Any
     confidence: Any
-
-
-class OperatingPoints(Sequence[OperatingPoint]):
-    """The shipped frontier."""
-
-    def __init__(self, points: Sequence[OperatingPoint]) -> None:
-        self._points = tuple(points)
-
-    def __len__(self) -> int:
-        return len(self._points)
-
-    def __iter__(self) -> Iterator[OperatingPoint]:
-        return iter(self._points)
-
-    @overload
-    def __getitem__(self, index: int) -> OperatingPoint: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[OperatingPoint]: ...
-
-    def __getitem__(self, index: int | slice) -> OperatingPoint | Sequence[OperatingPoint]:
-        return self._points[index]
-
-    def __repr__(self) -> str:
-        return f"OperatingPoints({[point.name for point in self._points]})"
-
-    def select(
-        self,
-        *,
-        max_accuracy_drop: float | None = None,
-        latency_budget_ms: float | None = None,
-        name: str | None = None,
-    ) -> OperatingPoint:
-        """Choose a point by exactly one criterion.
-
-        Args:
-            max_accuracy_drop: The fastest point that drops at most this much (net, 0..1).
-            latency_budget_ms: The most accurate point whose mean latency is at most this.
-            name: The point of this name.
-
-        Raises:
-            InputError: No point meets it, or not exactly one criterion is given.
-        """
-        if sum(value is not None for value in (max_accuracy_drop, latency_budget_ms, name)) != 1:
-            raise InputError("give exactly one of max_accuracy_drop, latency_budget_ms and name")
-        if name is not None:
-            chosen = [point for point in self if point.name == name]
-            nearest = f"choose one of {[point.name for point in self]}"
-        elif max_accuracy_drop is not None:
-            chosen = sorted(
-                (p for p in self if p.estimate.accuracy_drop <= max_accuracy_drop),
-                key=lambda p: (p.estimate.mean_latency_ms, p.estimate.accuracy_drop),
-            )
-            nearest = f"the smallest drop on offer is {min(p.estimate.accuracy_drop for p in self):.4g}"
-        else:
-            assert latency_budget_ms is not None
-            chosen = sorted(
-                (p for p in self if p.estimate.mean_latency_ms <= latency_budget_ms),
-                key=lambda p: (p.estimate.accuracy_drop, p.estimate.mean_latency_ms),
-            )
-            nearest = f"the fastest takes {min(p.estimate.mean_latency_ms for p in self):.4g} ms in the mean"
-        if not chosen:
-            raise InputError("no operating point meets this", where="select", remedy=nearest)
-        return chosen[0]
+    handed_over: HandedOver | None = None
 
 
 class CompiledModel:
@@ -188,7 +129,17 @@ class CompiledModel:
 
     @property
     def plain(self) -> CompiledModel:
-        """The untouched backbone on the same backend and threads, to compare with."""
+        """The untouched backbone on the same backend and threads, to compare with.
+
+        Raises:
+            InputError: This is a part of a split program, which has none.
+        """
+        if self.manifest.plain is None:
+            raise InputError(
+                "a part of a split program holds no plain network to compare with",
+                where="plain",
+                remedy="use the artifact that was split",
+            )
         return self._at(self.manifest.plain)
 
     def select(
@@ -232,6 +183,23 @@ class CompiledModel:
             engines=self._engines if same_files else None,
         )
 
+    def selected_artifact(self) -> Artifact:
+        """The artifact with the operating point that runs selected.
+
+        A certificate is one of an operating point: with another one selected the manifest has none.
+
+        Raises:
+            ArtifactError: The program is forced to one exit, which an artifact cannot say.
+        """
+        if self._forced is not None:
+            raise ArtifactError("a program forced to one exit cannot be saved", where="save")
+        certificate = self.manifest.certificate
+        selected = self.manifest.operating_points[self.manifest.selected].name
+        if certificate is not None and certificate.get("point", selected) != self._point.name:
+            certificate = None
+        manifest = replace(self.manifest, selected=self._index, certificate=certificate)
+        return replace(self.artifact, manifest=manifest)
+
     def forced(self, exit_name: str) -> CompiledModel:
         """The same program with every row sent to one exit: for parity checks and timing.
 
@@ -270,16 +238,20 @@ class CompiledModel:
         Raises:
             InputError: The inputs do not fit the model.
         """
-        (logits, *_), exits, torch_given = self._answer(inputs, named)
+        values, exits, torch_given = self._answer(inputs, named)
+        logits, flow = values[0], self._flow
         exit_index: Any = np.array([exits], np.int32) if isinstance(exits, int) else exits
+        handed_over = None
+        if flow.carried:
+            handed_over = take_handed_over(flow, values[len(flow.outputs) :], exit_index, torch_given)
         spread = np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
         confidence: Any = (1.0 / spread).astype(np.float32)  # a softmax's largest term is exp(0) / sum
         if torch_given:
             exit_index, confidence = as_tensor(exit_index), as_tensor(confidence)
-        return Result(self._wrap(logits, torch_given), exit_index, confidence)
+        return Result(self._wrap(logits, torch_given), exit_index, confidence, handed_over)
 
     def _answer(self, inputs: Sequence[Any], named: dict[str, Any]) -> _Answer:
-        """The outputs, the exit of each row (a number for a single row), and whether torch was given."""
+        """Outputs and what is carried, each row's exit (a number for one row), whether torch was given."""
         arrays, rows, torch_given = self._reader.read(inputs, named)
         if rows == 1:
             with self._lock:
@@ -323,6 +295,8 @@ class CompiledModel:
         """
         from exitcompiler.runtime.explain import explain
 
+        if self.manifest.part is not None:
+            return describe_part(self.manifest, self.manifest.part)
         return explain(self.artifact.report, self._point)
 
     def report(self, path: str | PathLike[str]) -> None:
@@ -335,16 +309,18 @@ class CompiledModel:
 
         Raises:
             InputError: The file cannot be written.
-            ExitCompilerError: jinja2 or matplotlib is not installed.
+            ExitCompilerError: jinja2 or matplotlib is not installed; or this is a part of a split program.
         """
         from exitcompiler.report import write_report
 
+        if self.manifest.part is not None:
+            raise InputError(
+                "a part of a split program has no report", where="report", remedy="use the one of the whole"
+            )
         write_report(self.artifact.report, self._point.control_flow, path, point=self._point)
 
     def save(self, path: str | PathLike[str], *, torch: bool = False, overwrite: bool = True) -> None:
         """Write the artifact, with this operating point selected. An old one stays whole until the end.
-
-        A certificate is one of an operating point: with another one selected the manifest has none.
 
         Args:
             path: A folder to make; ending in ``.zip``: one zip file.
@@ -357,14 +333,7 @@ class CompiledModel:
         """
         from exitcompiler.artifact import save_artifact
 
-        if self._forced is not None:
-            raise ArtifactError("a program forced to one exit cannot be saved", where="save")
-        certificate = self.manifest.certificate
-        selected = self.manifest.operating_points[self.manifest.selected].name
-        if certificate is not None and certificate.get("point", selected) != self._point.name:
-            certificate = None
-        manifest = replace(self.manifest, selected=self._index, certificate=certificate)
-        save_artifact(replace(self.artifact, manifest=manifest), path, torch=torch, overwrite=overwrite)
+        save_artifact(self.selected_artifact(), path, torch=torch, overwrite=overwrite)
 
     def __repr__(self) -> str:
         threads = f"{self.backend.threads} thread{'s' if self.backend.threads > 1 else ''}"

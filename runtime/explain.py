@@ -7,32 +7,52 @@ where another one is selected, the text says whose the figures are, and gives th
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from exitcompiler.runtime.explain_cascade import (
+    baselines_text,
+    inner_exits,
+    is_cascade,
+    kept_text,
+    networks_text,
+    reference_name,
+)
 from exitcompiler.runtime.manifest import OperatingPoint
+from exitcompiler.runtime.wording import (
+    as_sentence,
+    count_noun,
+    dict_at,
+    format_duration,
+    format_points,
+    format_share,
+    format_text_table,
+    list_at,
+    section,
+    wrap,
+)
 
 __all__ = [
     "certificate_sentence",
+    "described_point",
     "explain",
     "format_duration",
     "format_share",
     "format_text_table",
     "headline",
     "measured_point",
+    "measured_rates",
     "points_to_list",
     "reason_text",
     "runs_sentence",
     "taken_exits",
 ]
 
-_WIDTH = 98
 _MOST_POINTS = 10
 
 
 def explain(report: Mapping[str, Any], point: OperatingPoint | None = None) -> str:
-    """Say what was chosen and why: per exit kept or pruned, the frontier, the certificate.
+    """Say what was chosen and why: per network and exit kept or pruned, the frontier, the certificate.
 
     Args:
         report: The report of a compiled program.
@@ -44,17 +64,23 @@ def explain(report: Mapping[str, Any], point: OperatingPoint | None = None) -> s
     Raises:
         TypeError: A value of the report has another type than the schema says.
     """
-    sections = (
-        _wrap(headline(report, point)),
-        _facts(report, point),
-        _exits(_list(report, "exits"), measured_point(report, point)),
-        _frontier(_list(report, "frontier"), point),
-        _baselines(report),
-        _certificate(report, point),
-        _rounds(_list(report, "rounds")),
-        _notes(_list(report, "notes")),
+    measured = measured_point(report, point)
+    scope = "" if measured is None else f", as they are at {measured}"
+    others = (
+        "Other ways to use these networks" if is_cascade(report) else "The same heads without learned gates"
     )
-    return "\n\n".join(section for section in sections if section)
+    sections = (
+        wrap(headline(report, point)),
+        _facts(report, point),
+        networks_text(report, described_point(report), measured_rates(report), title=f"Networks{scope}"),
+        _exits(report, scope),
+        _frontier(list_at(report, "frontier"), point),
+        section(others, baselines_text(report)),
+        _certificate(report, point),
+        _rounds(list_at(report, "rounds")),
+        _notes(list_at(report, "notes")),
+    )
+    return "\n\n".join(text for text in sections if text)
 
 
 def measured_point(report: Mapping[str, Any], point: OperatingPoint | None) -> str | None:
@@ -67,9 +93,23 @@ def measured_point(report: Mapping[str, Any], point: OperatingPoint | None) -> s
     Returns:
         Its name; None if it is ``point``, if no point is selected, or if nothing was measured.
     """
-    name = _dict(report, "latency").get("point") or _dict(report, "certificate").get("point")
+    name = described_point(report)
+    return None if point is None or name in (None, point.name) else name
+
+
+def described_point(report: Mapping[str, Any]) -> str | None:
+    """The operating point whose latency, exits and certificate the report gives; None: of none."""
+    name = dict_at(report, "latency").get("point") or dict_at(report, "certificate").get("point")
     name = name or _chosen(report).get("name")
-    return None if point is None or name in (None, point.name) else str(name)
+    return None if name is None else str(name)
+
+
+def measured_rates(report: Mapping[str, Any]) -> dict[str, float]:
+    """Exit name -> share of the rows, as seen at the point that was measured, or else as estimated."""
+    exits = list_at(report, "exits")
+    if is_cascade(report) and any(exit.get("exit_rate") is not None for exit in exits):
+        return {exit["name"]: exit["exit_rate"] for exit in exits if exit.get("exit_rate")}
+    return taken_exits(_chosen(report))
 
 
 def headline(report: Mapping[str, Any], point: OperatingPoint | None = None) -> str:
@@ -82,34 +122,34 @@ def headline(report: Mapping[str, Any], point: OperatingPoint | None = None) -> 
     Raises:
         TypeError: A value of the report has another type than the schema says.
     """
-    name = _dict(report, "model").get("name") or "model"
+    name = dict_at(report, "model").get("name") or "model"
     if report.get("refused"):
-        return f"{name}: no exits were added, the plain network is returned. {_sentence(report['refused'])}"
+        result = "no exits were added, the plain network is returned"
+        if is_cascade(report):
+            result = f"no cascade was made, {reference_name(report)} is returned"
+        return f"{name}: {result}. {as_sentence(report['refused'])}"
     measured = measured_point(report, point)
     if point is not None and measured is not None:
         return f"{name}: operating point {point.name}; the point that was measured is {measured}."
-    exits = _list(report, "exits")
-    kept = [exit["name"] for exit in exits if exit.get("kept")]
-    text = f"{name}: {_count(len(kept), 'exit')} kept"
-    if exits:
-        text += f" of {len(exits)} places"
-    speedup = _dict(_dict(report, "latency"), "speedup")
+    text = f"{name}: {kept_text(report)}"
+    speedup = dict_at(dict_at(report, "latency"), "speedup")
     if speedup.get("value") is not None:
-        text += f", {speedup['value']:.2f}x as fast as the whole network"
+        text += f", {speedup['value']:.2f}x as fast as {reference_name(report)}"
         if speedup.get("lower") is not None and speedup.get("upper") is not None:
             text += f" (95% interval {speedup['lower']:.2f} to {speedup['upper']:.2f})"
     chosen = _chosen(report)
     if chosen.get("accuracy_drop") is not None:
-        text += f", accuracy drop {_points(chosen['accuracy_drop'])}"
+        text += f", accuracy drop {format_points(chosen['accuracy_drop'])}"
     return text + "."
 
 
-def certificate_sentence(certificate: Mapping[str, Any]) -> str:
+def certificate_sentence(certificate: Mapping[str, Any], reference: str = "the whole network") -> str:
     """What the certify rows prove about the excess error, and what a tighter proof would take.
 
     Args:
         certificate: ``rows``, ``errors``, ``bound`` and ``confidence``; also ``target`` and
             ``rows_needed`` where the bound is above the accuracy drop that was asked for.
+        reference: What the excess error is against.
 
     Returns:
         Empty if there is no bound.
@@ -119,11 +159,11 @@ def certificate_sentence(certificate: Mapping[str, Any]) -> str:
         return ""
     text = (
         f"With {100 * certificate.get('confidence', 0.95):g}% confidence the excess error "
-        f"(wrong where the whole network is right) is at most {format_share(bound)}"
+        f"(wrong where {reference} is right) is at most {format_share(bound)}"
     )
     rows, errors = certificate.get("rows"), certificate.get("errors")
     if rows is not None and errors is not None:
-        text += f": it was seen on {errors} of {_count(rows, 'held-out row')}"
+        text += f": it was seen on {errors} of {count_noun(rows, 'held-out row')}"
     text += ". It bounds the accuracy drop."
     target, needed = certificate.get("target"), certificate.get("rows_needed")
     if target is not None and needed is not None and (rows is None or needed > rows):
@@ -139,7 +179,7 @@ def certificate_sentence(certificate: Mapping[str, Any]) -> str:
 
 def runs_sentence(report: Mapping[str, Any]) -> str:
     """On what, and how, the program runs: backend, precision, threads, batch size, engines."""
-    settings, latency = _dict(report, "settings"), _dict(report, "latency")
+    settings, latency = dict_at(report, "settings"), dict_at(report, "latency")
     parts = []
     backend = latency.get("backend") or settings.get("backend")
     if backend:
@@ -148,7 +188,7 @@ def runs_sentence(report: Mapping[str, Any]) -> str:
         parts.append(f"in {settings['precision']}")
     threads = latency.get("threads") or settings.get("threads")
     if threads:
-        parts.append(f"with {_count(threads, 'thread')}")
+        parts.append(f"with {count_noun(threads, 'thread')}")
     if settings.get("batch_size"):
         parts.append(f"for batches of {settings['batch_size']}")
     execution = latency.get("execution")
@@ -164,7 +204,7 @@ def runs_sentence(report: Mapping[str, Any]) -> str:
 def reason_text(exit: Mapping[str, Any]) -> str:
     """Why an exit was kept or pruned, as a sentence that does not say which of the two again."""
     reason = exit.get("reason") or ""
-    return _sentence(reason.removeprefix("kept: ").removeprefix("pruned: ")) if reason else ""
+    return as_sentence(reason.removeprefix("kept: ").removeprefix("pruned: ")) if reason else ""
 
 
 def points_to_list(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -179,40 +219,12 @@ def taken_exits(point: Mapping[str, Any]) -> dict[str, float]:
     return {name: rate for name, rate in (point.get("exit_rates") or {}).items() if rate > 0}
 
 
-def format_share(share: float) -> str:
-    """A share of 1 in per cent, to three digits: ``0.0123`` -> ``1.23%``, ``0.938`` -> ``93.8%``."""
-    percent = 100 * share
-    return f"{percent:.2f}%" if abs(percent) < 9.995 else f"{percent:.1f}%"
-
-
-def format_duration(milliseconds: float) -> str:
-    """A duration to three digits, in microseconds below one tenth of a millisecond."""
-    unit, value = "ms", milliseconds
-    if value < 0.1:
-        unit, value = "us", 1000 * milliseconds
-    elif value >= 1000:
-        unit, value = "s", milliseconds / 1000
-    return f"{f'{value:#.3g}'.removesuffix('.')} {unit}"
-
-
-def format_text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table in plain text: first column left, all others right; two spaces indent."""
-    table = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    lines = []
-    for row in table:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append(("  " + "  ".join(cells)).rstrip())
-    return lines
-
-
 def _facts(report: Mapping[str, Any], point: OperatingPoint | None) -> str:
     lines = []
     measured = measured_point(report, point)
     if point is not None and measured is not None:
         lines.append(("Selected", _estimate_text(point)))
-    chosen, latency, rows = _chosen(report), _dict(report, "latency"), _dict(report, "rows")
+    chosen, latency, rows = _chosen(report), dict_at(report, "latency"), dict_at(report, "rows")
     if chosen:
         text = str(chosen.get("name", "the chosen point"))
         if chosen.get("accuracy") is not None:
@@ -220,11 +232,11 @@ def _facts(report: Mapping[str, Any], point: OperatingPoint | None) -> str:
         if chosen.get("excess_error") is not None:
             text += f", excess error {format_share(chosen['excess_error'])}"
         lines.append(("Chosen", text))
-    program, plain = _dict(latency, "program"), _dict(latency, "plain")
+    program, plain = dict_at(latency, "program"), dict_at(latency, "plain")
     if program.get("mean_ms") is not None:
         text = f"mean {format_duration(program['mean_ms'])}"
         if plain.get("mean_ms") is not None:
-            text += f" against {format_duration(plain['mean_ms'])} for the whole network"
+            text += f" against {format_duration(plain['mean_ms'])} for {reference_name(report)}"
         if program.get("p99_ms") is not None and plain.get("p99_ms") is not None:
             text += f" (p99 {format_duration(program['p99_ms'])} against {format_duration(plain['p99_ms'])})"
         if measured is not None:
@@ -237,7 +249,7 @@ def _facts(report: Mapping[str, Any], point: OperatingPoint | None) -> str:
         lines.append(
             ("Rows", ", ".join(f"{count} to {use}" for use, count in rows.items() if count is not None))
         )
-    return "\n".join(_wrap(text, first=f"  {label:<9}", rest=" " * 11) for label, text in lines)
+    return "\n".join(wrap(text, first=f"  {label:<9}", rest=" " * 11) for label, text in lines)
 
 
 def _estimate_text(point: OperatingPoint) -> str:
@@ -245,37 +257,38 @@ def _estimate_text(point: OperatingPoint) -> str:
     rates = taken_exits({"exit_rates": estimate.exit_rates})
     return (
         f"{point.name}, as estimated: accuracy {format_share(estimate.accuracy)}, drop "
-        f"{_points(estimate.accuracy_drop)}, excess error {format_share(estimate.excess_error)}, mean "
+        f"{format_points(estimate.accuracy_drop)}, excess error {format_share(estimate.excess_error)}, mean "
         f"{format_duration(estimate.mean_latency_ms)}; rows leave at "
         + ", ".join(f"{name} {format_share(rate)}" for name, rate in rates.items())
     )
 
 
 def _certificate(report: Mapping[str, Any], point: OperatingPoint | None) -> str:
-    certificate = _dict(report, "certificate")
-    text = certificate_sentence(certificate)
+    certificate = dict_at(report, "certificate")
+    text = certificate_sentence(certificate, reference_name(report))
     measured = certificate.get("point") or _chosen(report).get("name")
     if not text or point is None or measured in (None, point.name):
-        return _section("Certificate", text)
-    return _section(f"Certificate of {measured}, not of {point.name}", text)
+        return section("Certificate", text)
+    return section(f"Certificate of {measured}, not of {point.name}", text)
 
 
-def _exits(exits: Sequence[Mapping[str, Any]], measured: str | None) -> str:
+def _exits(report: Mapping[str, Any], scope: str) -> str:
+    exits = inner_exits(report)
     if not exits:
         return ""
     width = max(len(str(exit.get("name"))) for exit in exits)
-    lines = ["Exits" if measured is None else f"Exits, as they are at {measured}"]
+    lines = [f"Exits{' inside networks' if is_cascade(report) else ''}{scope}"]
     for exit in exits:
         verdict = "kept  " if exit.get("kept") else "pruned"
         first = f"  {exit.get('name')!s:<{width}}  {verdict}  "
-        lines.append(_wrap(_exit_text(exit), first=first, rest=" " * len(first)))
+        lines.append(wrap(_exit_text(exit), first=first, rest=" " * len(first)))
     return "\n".join(lines)
 
 
 def _exit_text(exit: Mapping[str, Any]) -> str:
     facts = []
     if exit.get("depth") is not None:
-        facts.append(f"at {100 * exit['depth']:.0f}% of the network's time")
+        facts.append(f"at {100 * exit['depth']:.0f}% of {exit.get('network') or 'the network'}'s time")
     if exit.get("head"):
         accuracy = exit.get("head_accuracy")
         facts.append(
@@ -306,7 +319,7 @@ def _frontier(points: Sequence[Mapping[str, Any]], selected: OperatingPoint | No
         rows.append((
             f"{'>' if running and point.get('name') == running else mark} {point.get('name', '')}",
             _or_dash(point.get("accuracy"), format_share),
-            _or_dash(point.get("accuracy_drop"), _points),
+            _or_dash(point.get("accuracy_drop"), format_points),
             _or_dash(point.get("mean_latency_ms"), format_duration),
             _or_dash(point.get("speedup"), lambda ratio: f"{ratio:.2f}x"),
             rates,
@@ -316,25 +329,8 @@ def _frontier(points: Sequence[Mapping[str, Any]], selected: OperatingPoint | No
     table = format_text_table(("  point", "accuracy", "drop", "mean", "speed-up"), [row[:5] for row in rows])
     lines.append(table[0] + "  exits")
     for line, row in zip(table[1:], rows, strict=True):
-        lines.append(_wrap(row[5], first=line + "  ", rest=" " * (len(line) + 2)) if row[5] else line)
+        lines.append(wrap(row[5], first=line + "  ", rest=" " * (len(line) + 2)) if row[5] else line)
     return "\n".join(lines)
-
-
-def _baselines(report: Mapping[str, Any]) -> str:
-    """How the same heads would do without learned gates, at the chosen point's accuracy."""
-    limit = _dict(report, "settings").get("max_accuracy_drop")
-    if limit is None:
-        return ""
-    found = []
-    for name, points in _dict(report, "baselines").items():
-        latencies = [p["mean_latency_ms"] for p in points if p["accuracy_drop"] <= limit]
-        if latencies:
-            label = "soft oracle (a bound)" if name == "oracle" else name.replace("_", " ")
-            found.append(f"{label} {format_duration(min(latencies))}")
-    if not found:
-        return ""
-    text = f"estimated mean latency at a drop of at most {_points(limit)}: {', '.join(found)}."
-    return _section("The same heads without learned gates", text)
 
 
 def _rounds(rounds: Sequence[Mapping[str, Any]]) -> str:
@@ -342,55 +338,17 @@ def _rounds(rounds: Sequence[Mapping[str, Any]]) -> str:
     for number, done in enumerate(rounds, start=1):
         exits = ", ".join(done.get("exits") or ()) or "no exit"
         mean = _or_dash(done.get("mean_latency_ms"), format_duration)
-        lines.append(_wrap(f"{exits}: mean {mean}", first=f"  {number}  ", rest=" " * 5))
+        lines.append(wrap(f"{exits}: mean {mean}", first=f"  {number}  ", rest=" " * 5))
     return "\n".join(["Rounds of learning and pruning", *lines]) if lines else ""
 
 
 def _notes(notes: Sequence[str]) -> str:
-    return "\n".join(["Notes", *(_wrap(note, first="  - ", rest="    ") for note in notes)]) if notes else ""
-
-
-def _section(title: str, text: str) -> str:
-    return f"{title}\n{_wrap(text, first='  ', rest='  ')}" if text else ""
-
-
-def _wrap(text: str, *, first: str = "", rest: str = "") -> str:
-    return textwrap.fill(
-        text,
-        _WIDTH,
-        initial_indent=first,
-        subsequent_indent=rest,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return "\n".join(["Notes", *(wrap(note, first="  - ", rest="    ") for note in notes)]) if notes else ""
 
 
 def _chosen(report: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next((point for point in _list(report, "frontier") if point.get("chosen")), {})
-
-
-def _dict(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = mapping.get(key)
-    return {} if value is None else value
-
-
-def _list(mapping: Mapping[str, Any], key: str) -> Sequence[Any]:
-    value = mapping.get(key)
-    return () if value is None else value
+    return next((point for point in list_at(report, "frontier") if point.get("chosen")), {})
 
 
 def _or_dash(value: Any, show: Any) -> str:
     return "-" if value is None else str(show(value))
-
-
-def _points(drop: float) -> str:
-    return f"{100 * drop:.2f} points"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
-
-
-def _sentence(text: str) -> str:
-    text = text[:1].upper() + text[1:]
-    return text if text.endswith((".", "!", "?")) else f"{text}."

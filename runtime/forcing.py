@@ -38,7 +38,7 @@ def force_exit(flow: ControlFlow, exit_name: str) -> ControlFlow:
         if action is not None and isinstance(terminator, Branch):
             terminator = replace(terminator, gate=_always(terminator.gate, action))
         blocks.append(replace(block, terminator=terminator))
-    return ControlFlow(flow.inputs, flow.outputs, tuple(blocks))
+    return replace(flow, blocks=tuple(blocks))
 
 
 def _always(gate: Gate, action: int) -> Gate:

@@ -20,13 +20,15 @@ __all__ = [
     "Json",
     "Manifest",
     "OperatingPoint",
+    "Part",
     "block_path",
     "has_torch_graphs",
     "torch_paths",
     "with_torch_graphs",
 ]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+"""The newest schema: version 2 added parts of split programs. Whole programs are written as version 1."""
 
 MANIFEST_FILE: Final = "manifest.json"
 MODEL_FILE: Final = "model.onnx"
@@ -34,6 +36,7 @@ REPORT_FILE: Final = "report.json"
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Execution: TypeAlias = Literal["blocks", "single"]
+PartKind: TypeAlias = Literal["near", "far"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,10 @@ class Estimate:
         accuracy_drop: The backbone's accuracy minus this one, on the same rows (net).
         excess_error: Share of rows wrong here and right in the backbone.
         mean_latency_ms: Per call at the batch size compiled for, weighted by ``exit_rates``.
-        exit_rates: Exit name -> share of rows that leave there; one for every exit.
+        exit_rates: Exit name -> share of rows that leave there; one for every exit. In a part of a split
+            program, only where it is known.
+
+    A part of a split program has the figures of the whole, with both parts on one machine.
     """
 
     accuracy: float
@@ -92,11 +98,26 @@ class OperatingPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What makes an artifact one of the two parts of a split program.
+
+    Args:
+        kind: ``"near"`` hands rows over, ``"far"`` takes them.
+        edges: Where the program was cut, (source block, target block).
+        whole: SHA-256 of the whole program and of where it was cut: equal for parts that fit together.
+    """
+
+    kind: PartKind
+    edges: tuple[tuple[str, str], ...]
+    whole: str
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything about an artifact but the weights.
 
     Args:
-        inputs: The model's inputs, in order.
+        inputs: The model's inputs, in order; of a far part: what is handed over to it.
         outputs: The program's one output: logits, ``[batch, classes]``.
         output_structure: How the logits are wrapped for the caller.
         backend: The backend it was compiled and measured for.
@@ -105,13 +126,14 @@ class Manifest:
         batch_size: The batch size it was optimised for.
         operating_points: The shipped frontier, and the plain backbone.
         selected: Index of the point that runs.
-        plain: Index of the untouched backbone, a program of one block.
+        plain: Index of the untouched backbone, a program of one block; None: it is not here.
         one_file: Index of the point that ``model.onnx`` holds; None: there is no such file.
         certificate: The finite-sample bound on the accuracy drop of the selected point, if there is one;
             ``"point"`` is its name.
         environment: Versions and machine, as found when compiling.
         files: Path in the artifact -> hash and size; filled in when it is saved.
         extensions: What later versions add; kept as it is, never interpreted here.
+        part: Which part of a split program this is; None: a whole program.
     """
 
     inputs: Mapping[str, ValueSpec]
@@ -123,12 +145,13 @@ class Manifest:
     batch_size: int
     operating_points: tuple[OperatingPoint, ...]
     selected: int
-    plain: int
+    plain: int | None
     one_file: int | None = None
     certificate: Mapping[str, Json] | None = None
     environment: Mapping[str, Json] = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     extensions: Mapping[str, Json] = field(default_factory=dict)
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)

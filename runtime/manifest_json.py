@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import cast
 
+from exitcompiler.control_flow_checks import verify_control_flow
 from exitcompiler.controlflow import (
     DTYPES,
     BlockInterface,
@@ -29,7 +30,6 @@ from exitcompiler.controlflow import (
     Terminator,
     ValueSpec,
     engine_signature,
-    verify_control_flow,
 )
 from exitcompiler.errors import ArtifactError, VerifyError
 from exitcompiler.runtime.json_reader import Node, parse_json
@@ -42,6 +42,8 @@ from exitcompiler.runtime.manifest import (
     Json,
     Manifest,
     OperatingPoint,
+    Part,
+    PartKind,
 )
 
 __all__ = ["control_flow_from_json", "control_flow_to_json", "manifest_from_json", "manifest_to_json"]
@@ -56,7 +58,7 @@ def manifest_to_json(manifest: Manifest) -> bytes:
         ValueError: It holds a number that is not finite.
     """
     document: dict[str, Json] = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 1 if manifest.part is None else SCHEMA_VERSION,
         "inputs": _specs_to_json(manifest.inputs),
         "outputs": _specs_to_json(manifest.outputs),
         "output_structure": {
@@ -79,6 +81,8 @@ def manifest_to_json(manifest: Manifest) -> bytes:
         },
         "extensions": dict(manifest.extensions),
     }
+    if manifest.part is not None:
+        document["part"] = _part_to_json(manifest.part)
     document[_DIGEST] = _digest(document)
     return json.dumps(document, indent=1, allow_nan=False).encode()
 
@@ -91,9 +95,10 @@ def manifest_from_json(text: bytes) -> Manifest:
     """
     root = Node(parse_json(text, MANIFEST_FILE), f"{MANIFEST_FILE}: ")
     version = root["schema_version"].integer()
-    if version != SCHEMA_VERSION:
+    if not 1 <= version <= SCHEMA_VERSION:
         raise ArtifactError(
-            f"the artifact has schema version {version}; this version of exitcompiler reads {SCHEMA_VERSION}",
+            f"the artifact has schema version {version}; this version of exitcompiler reads 1 to "
+            f"{SCHEMA_VERSION}",
             where=MANIFEST_FILE,
             remedy="it was written by a newer version: pip install --upgrade exitcompiler, or save it again "
             "with this version",
@@ -104,6 +109,7 @@ def manifest_from_json(text: bytes) -> Manifest:
     points = root["operating_points"].each(_point_from_json)
     last = len(points) - 1
     one_file, threads, certificate = root.get("one_file"), root.get("threads"), root.get("certificate")
+    plain, part = root.get("plain"), root.get("part") if version > 1 else None
     manifest = Manifest(
         inputs=_specs_from_json(root["inputs"]),
         outputs=_specs_from_json(root["outputs"]),
@@ -114,12 +120,13 @@ def manifest_from_json(text: bytes) -> Manifest:
         batch_size=root["batch_size"].integer(1),
         operating_points=points,
         selected=root["selected"].integer(0, last),
-        plain=root["plain"].integer(0, last),
+        plain=None if plain is None else plain.integer(0, last),
         one_file=None if one_file is None else one_file.integer(0, last),
         certificate=None if certificate is None else certificate.mapping(),
         environment=root["environment"].mapping(),
         files={path: _file_from_json(node) for path, node in root["files"].items()},
         extensions=_extensions(root),
+        part=None if part is None else _part_from_json(part),
     )
     _check(manifest, root)
     return manifest
@@ -146,8 +153,15 @@ def _check(manifest: Manifest, root: Node) -> None:
             where.fail(f"files for blocks {sorted(point.files)}, but blocks {sorted(needed)} need one")
         if point.torch_files and needed != point.torch_files.keys():
             where.fail(f"torch files for blocks {sorted(point.torch_files)} of {sorted(needed)}")
-        if point.estimate.exit_rates.keys() != set(flow.exits):
-            where.fail(f"exit rates for {sorted(point.estimate.exit_rates)}; exits are {list(flow.exits)}")
+        rates, part = point.estimate.exit_rates.keys(), manifest.part
+        if not rates <= set(flow.exits) or (part is None and rates != set(flow.exits)):
+            where.fail(f"exit rates for {sorted(rates)}; exits are {list(flow.exits)}")
+        if bool(flow.carried) != (part is not None and part.kind == "near"):
+            where.fail("a near part of a split program carries values, and nothing else does")
+        if flow.carried and manifest.one_file is not None:
+            root["one_file"].fail("a one-file model carries nothing")
+    if manifest.plain is None and manifest.part is None:
+        root["plain"].fail("only a part of a split program may be without its plain backbone")
     logits = next(iter(manifest.outputs.values()), None)
     if logits is None or len(manifest.outputs) > 1 or logits.batch_axis != 0 or len(logits.shape) != 2:
         root["outputs"].fail("expected one output: logits of shape [batch, classes]")
@@ -193,6 +207,7 @@ def _point_from_json(node: Node) -> OperatingPoint:
 
 def control_flow_to_json(flow: ControlFlow) -> dict[str, Json]:
     """A program without bodies as JSON; values are arrays, as their order counts."""
+    carried: dict[str, Json] = {"carried": _specs_to_json(flow.carried)} if flow.carried else {}
     return {
         "inputs": _specs_to_json(flow.inputs),
         "outputs": _specs_to_json(flow.outputs),
@@ -205,6 +220,7 @@ def control_flow_to_json(flow: ControlFlow) -> dict[str, Json]:
             }
             for block in flow.blocks
         ],
+        **carried,
     }
 
 
@@ -214,11 +230,13 @@ def control_flow_from_json(node: Node) -> ControlFlow:
     Raises:
         ArtifactError: Naming the key at fault, or what makes the program ill-formed.
     """
-    node.only("inputs", "outputs", "blocks")
+    node.only("inputs", "outputs", "blocks", "carried")
+    carried = node.get("carried")
     flow = ControlFlow(
         inputs=_specs_from_json(node["inputs"]),
         outputs=_specs_from_json(node["outputs"]),
         blocks=node["blocks"].each(_block_from_json),
+        carried={} if carried is None else _specs_from_json(carried),
     )
     try:
         verify_control_flow(flow)
@@ -282,7 +300,8 @@ def _terminator_from_json(node: Node) -> Terminator:
 
 def _successor_to_json(way: Successor) -> Json:
     if isinstance(way, Return):
-        return {"kind": "return", "values": list(way.values), "exit": way.exit}
+        carries: dict[str, Json] = {"carries": list(way.carries)} if way.carries else {}
+        return {"kind": "return", "values": list(way.values), "exit": way.exit, **carries}
     return {"kind": "edge", "target": way.target, "values": list(way.values)}
 
 
@@ -292,8 +311,13 @@ def _successor_from_json(node: Node) -> Successor:
 
 
 def _return_from_json(node: Node) -> Return:
-    node.only("kind", "values", "exit")
-    return Return(node["values"].each(Node.string), node["exit"].string())
+    node.only("kind", "values", "exit", "carries")
+    carries = node.get("carries")
+    return Return(
+        values=node["values"].each(Node.string),
+        exit=node["exit"].string(),
+        carries=() if carries is None else carries.each(Node.string),
+    )
 
 
 def _edge_from_json(node: Node) -> Edge:
@@ -333,10 +357,34 @@ def _structure_from_json(node: Node) -> OutputStructure:
 
 
 def _file_from_json(node: Node) -> FileEntry:
-    sha256 = node["sha256"].string()
+    return FileEntry(_sha256_from_json(node["sha256"]), node["size_bytes"].integer())
+
+
+def _sha256_from_json(node: Node) -> str:
+    sha256 = node.string()
     if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
-        node["sha256"].fail("expected 64 lower-case hexadecimal digits")
-    return FileEntry(sha256, node["size_bytes"].integer())
+        node.fail("expected 64 lower-case hexadecimal digits")
+    return sha256
+
+
+def _part_to_json(part: Part) -> Json:
+    return {"kind": part.kind, "edges": [list(edge) for edge in part.edges], "whole": part.whole}
+
+
+def _part_from_json(node: Node) -> Part:
+    node.only("kind", "edges", "whole")
+    return Part(
+        kind=cast(PartKind, node["kind"].choice(("near", "far"))),
+        edges=node["edges"].each(_pair_from_json),
+        whole=_sha256_from_json(node["whole"]),
+    )
+
+
+def _pair_from_json(node: Node) -> tuple[str, str]:
+    names = node.each(Node.string)
+    if len(names) != 2:
+        node.fail(f"expected two block names, found {len(names)}")
+    return names[0], names[1]
 
 
 def _extensions(node: Node) -> Mapping[str, Json]:

@@ -26,6 +26,7 @@ from exitcompiler.controlflow import (
     ValueSpec,
     engine_signature,
     successors,
+    taken_along,
 )
 from exitcompiler.errors import VerifyError
 from exitcompiler.runtime.backends import Array, Engine, numpy_dtype
@@ -96,11 +97,12 @@ class BatchExecutor:
             rows: The batch size, at least 1.
 
         Returns:
-            The program's outputs, in order, and the index of each row's exit, ``int32[rows]``.
+            The program's outputs, in order, then what it carries, where only the rows that left at an exit
+            that carries are set; and the index of each row's exit, ``int32[rows]``.
         """
         outputs: list[Array] = [
             np.empty((rows, *map(int, spec.shape[1:])), numpy_dtype(spec))
-            for spec in self._flow.outputs.values()
+            for spec in (*self._flow.outputs.values(), *self._flow.carried.values())
         ]
         exit_index = np.empty(rows, np.int32)
         for step in self._steps:
@@ -131,14 +133,15 @@ class BatchExecutor:
         """Send each row down the edge its action names."""
         if step.fixed is not None:
             way = step.ways[step.fixed]
-            self._follow(way, rows, [values[name] for name in way.values], outputs, exit_index)
+            self._follow(way, rows, [values[name] for name in taken_along(way)], outputs, exit_index)
             return
         action = values[step.outputs[-1]]
         for index, way in enumerate(step.ways):
             chosen = np.flatnonzero(action == index)
             if chosen.size == 0:
                 continue
-            sent = [values[name] for name in way.values]
+            names = taken_along(way)
+            sent = [values[name] for name in names]
             if chosen.size == action.size:
                 self._follow(way, rows, sent, outputs, exit_index)
                 continue
@@ -147,7 +150,7 @@ class BatchExecutor:
                 self._take((step.block.name, group * len(step.ways) + index, position), value, chosen)
                 if specs[name].batch_axis == 0
                 else value
-                for position, (name, value) in enumerate(zip(way.values, sent, strict=True))
+                for position, (name, value) in enumerate(zip(names, sent, strict=True))
             ]
             self._follow(way, chosen if rows is None else rows[chosen], taken, outputs, exit_index)
 
@@ -163,7 +166,7 @@ class BatchExecutor:
             self._by_name[way.target].arrivals.append(_Arrivals(rows, values))
             return
         where: slice | NDArray[np.intp] = slice(None) if rows is None else rows
-        for output, value in zip(outputs, values, strict=True):
+        for output, value in zip(outputs, values, strict=False):  # not every exit carries something
             output[where] = value
         exit_index[where] = self._exit_index[way.exit]
 

@@ -18,6 +18,7 @@ from exitcompiler.controlflow import (
     ValueSpec,
     engine_signature,
     successors,
+    taken_along,
 )
 from exitcompiler.runtime.backends import Array, Engine, numpy_dtype
 from exitcompiler.runtime.rows import EngineSource, gate_parameters, require_row_outputs
@@ -110,7 +111,8 @@ class SingleRowExecutor:
         """Answer the row in ``inputs``.
 
         Returns:
-            The outputs (internal buffers with a batch of 1) and the index of the exit taken.
+            The outputs, then what the exit carries (internal buffers with a batch of 1), and the index of
+            the exit taken.
         """
         step: _Step | None = self._entry
         while step is not None:
@@ -151,7 +153,7 @@ def _connect(
     steps: Mapping[str, _Step],
     exits: Mapping[str, int],
 ) -> _Way:
-    sources: Sequence[Array] = [values[name] for name in way.values]
+    sources: Sequence[Array] = [values[name] for name in taken_along(way)]
     if isinstance(way, Return):
         return _Way(outputs=tuple(sources), exit_index=exits[way.exit])
     targets = wiring.params[way.target]

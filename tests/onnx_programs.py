@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from exitcompiler.control_flow_checks import verify_control_flow
 from exitcompiler.controlflow import (
     ACTION,
     BATCH,
@@ -33,7 +34,6 @@ from exitcompiler.controlflow import (
     Terminator,
     ValueSpec,
     engine_signature,
-    verify_control_flow,
 )
 from exitcompiler.runtime.manifest import Artifact, Estimate, Manifest, OperatingPoint, block_path
 

@@ -21,6 +21,7 @@ from exitcompiler.artifact import save_artifact
 from exitcompiler.benchmarking import answer_rows, benchmark, logits_of
 from exitcompiler.cli import app
 from exitcompiler.controlflow import OutputStructure
+from exitcompiler.data_sources import input_shape_of_networks
 from exitcompiler.errors import CalibrationError
 from exitcompiler.runtime.artifact_files import read_artifact
 from exitcompiler.runtime.manifest import (
@@ -89,7 +90,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, artifact: Path) -> FakeCompiled:
 def test_help_lists_every_command() -> None:
     result = call("--help")
     assert result.exit_code == 0
-    for command in ("compile", "inspect", "run", "bench", "report", "export", "demo"):
+    for command in ("compile", "cascade", "inspect", "run", "bench", "report", "export", "demo"):
         assert command in result.stdout
 
 
@@ -253,6 +254,12 @@ def test_debug_keeps_the_traceback(tmp_path: Path) -> None:
         ("compile", "m:f", "--calib", "d.npz", "-o", "o.exit", "--mean", "a,b"),
         ("compile", "m:f", "--calib", "d.npz", "-o", "o.exit", "--image-size", "12"),
         ("export", "model.exit", "-o", "x", "--format", "pickle"),
+        ("export", "model.exit", "-o", "x", "--format", "onnx", "--split", "b1"),
+        ("cascade", "--calib", "d.npz", "-o", "o.exit"),
+        ("cascade", "a:f", "b:f", "--calib", "d.npz", "-o", "o.exit", "--name", "only"),
+        ("cascade", "a:f", "b:f", "--calib", "d.npz", "-o", "o.exit", "--transform", "none"),
+        ("cascade", "a:f", "b:f", "--calib", "d.npz", "-o", "o.exit", "--edge", "a-b"),
+        ("cascade", "a:f", "b:f", "--calib", "d.npz", "-o", "o.exit", "--edge", "a:b:c"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
@@ -298,6 +305,101 @@ def test_compile_passes_on_what_was_asked_for(
         "batch_size": 8, "threads": 2, "seed": 3, "logits": 1, "saved": Path("out.exit"),
     }  # fmt: skip
     assert {key: seen[key] for key in expected} == expected
+
+
+def test_cascade_passes_on_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
+) -> None:
+    (tmp_path / "cascade_factories.py").write_text(
+        "import torch\n"
+        "def small():\n    return torch.nn.Linear(2, 2)\n"
+        "def large():\n    return torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.zeros(1, 2)\n"
+        "def halve():\n    return lambda x: x / 2\n"
+        "def number():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    seen: dict[str, Any] = {}
+
+    class Compiled:
+        artifact = type("A", (), {"report": {"refused": None}})
+
+        def save(self, path: Path) -> None:
+            seen["saved"] = path
+
+        def explain(self) -> str:
+            return "because"
+
+    def fake_cascade(networks: object, calib: object, **options: object) -> Compiled:
+        seen.update(options, networks=networks, calib=calib)
+        return Compiled()
+
+    monkeypatch.setitem(vars(exitcompiler), "cascade", fake_cascade)
+    arguments = (
+        "cascade",
+        "cascade_factories:small",
+        "cascade_factories:large",
+        "--calib",
+        data,
+        "-o",
+        "out.exit",
+    )
+    result = call(
+        *arguments, "--name", "s", "--name", "7", "--edge", "s:7", "--edge", "0:1", "--max-drop", "0.02",
+        "--transform", "none", "--transform", "cascade_factories:halve", "--early-exits", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == {"artifact": "out.exit", "report": {"refused": None}}
+    assert [type(network).__name__ for network in seen["networks"]] == ["Linear", "Sequential"]
+    np.testing.assert_array_equal(seen["calib"][1], LABELS)
+    nothing, halve = seen["transforms"]
+    assert (nothing, halve(3)) == (None, 1.5)
+    expected = {
+        "edges": [("s", "7"), (0, 1)], "names": ["s", "7"], "train_data": None, "early_exits": True,
+        "max_accuracy_drop": 0.02, "latency_budget_ms": None, "backend": "auto", "precision": "fp32",
+        "batch_size": 1, "threads": None, "seed": 0, "logits": None, "dump": None, "saved": Path("out.exit"),
+    }  # fmt: skip
+    assert {key: seen[key] for key in expected} == expected
+    assert call(*arguments).exit_code == 0
+    assert (seen["edges"], seen["names"], seen["transforms"], seen["early_exits"]) == (
+        None,
+        None,
+        None,
+        False,
+    )
+    for wrong, message in (("number", "returned a int"), ("missing", "has no 'missing'")):
+        transforms = ("--transform", "none", "--transform", f"cascade_factories:{wrong}")
+        assert message in call(*arguments, *transforms).stderr
+    assert "neither package.module:factory nor none" in call(*arguments, *["--transform", "x"] * 2).stderr
+
+
+def test_the_input_of_a_cascade_is_told_by_networks_that_take_it_as_it_is() -> None:
+    torch = pytest.importorskip("torch")
+    network, small, large = torch.nn.Flatten(), torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 9, 9)
+    networks = [(network, None), (network, small), (network, large)]
+    assert input_shape_of_networks(networks, None) == (1, 3, 8, 8)
+    assert input_shape_of_networks(networks, [None, abs, None]) == (1, 3, 9, 9)
+    assert input_shape_of_networks(networks, [None, abs, abs]) is None
+
+
+def test_export_cuts_the_program_in_two(artifact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "parts"
+    result = call("export", artifact, "--split", "b0:b1", "-o", folder, "--json")
+    assert result.exit_code == 0, result.stderr
+    figures = json.loads(result.stdout)
+    bytes_per_row = 4 * (16 * 32 * 32 + 3)
+    types = {"h": "float32[batch, 16, 32, 32]", "c0": "float32[batch, 3]"}
+    assert figures["hand_over"] == {"values": types, "bytes_per_row": bytes_per_row}
+    assert (figures["edges"], figures["shared"], round(figures["share"], 6)) == (["b0:b1"], [], 0.69)
+    assert f"{bytes_per_row} bytes per row" in result.stderr
+    near, far = (read_artifact(folder / f"{name}.exit") for name in ("near", "far"))
+    assert [set(part.manifest.operating_points[0].files) for part in (near, far)] == [{"b0"}, {"b1", "b2"}]
+    shown = call("inspect", folder / "far.exit", "--json")
+    assert json.loads(shown.stdout)["part"]["kind"] == "far"
+    assert "The far part of operating point point-1" in shown.stderr
+    assert "no report" in call("report", folder / "far.exit").stderr
+    listed = call("export", artifact, "--split", "", "-o", folder)
+    assert listed.exit_code == 1
+    assert f"b0:b1 ({bytes_per_row} bytes per row), b1:b2 (65536 bytes per row)" in listed.stderr
 
 
 def test_module_and_script_are_the_same_command() -> None:

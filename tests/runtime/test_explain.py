@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_cascade import sample_cascade_report
 from sample_report import other_point, sample_report
 
 from exitcompiler.runtime.explain import (
@@ -22,6 +23,7 @@ from exitcompiler.runtime.explain import (
     points_to_list,
     reason_text,
 )
+from exitcompiler.runtime.explain_cascade import jump_edges
 
 
 def test_explains_every_exit_with_its_verdict_and_reason() -> None:
@@ -194,3 +196,79 @@ def test_any_key_may_be_absent_with_another_point_selected(key: str) -> None:
     text = explain(sample_report() | {key: None}, other_point())
     assert "point-2" in text
     assert max(map(len, text.splitlines())) <= 98
+
+
+def test_a_cascade_is_told_by_its_networks() -> None:
+    text = explain(sample_cascade_report())
+    assert max(map(len, text.splitlines())) <= 98
+    flat = " ".join(text.split())
+    for expected in (
+        "cascade of 4 networks: 3 networks kept of 4, 1 exit inside them of 2 places, 2.41x as fast as "
+        "resnet56 alone (95% interval 2.35 to 2.48), accuracy drop 0.80 points.",
+        "mean 0.436 ms against 1.05 ms for resnet56 alone",
+        "Networks; resnet56 is the reference",
+        "resnet20 kept alone right on 92.6% in 0.410 ms; runs on 100.0% of the rows and takes 44.0% of the "
+        "time; answers 65.0% of the rows, 41.0% at its end by itself, 98.9% of these right. "
+        "Where all rows start.",
+        "answers 15.0% of the rows together with resnet20, 95.1% of them right.",
+        "resnet44 pruned alone right on 94.0% in 0.840 ms. No row goes there.",
+        "Exits inside networks resnet20/layer2.2 kept at 48% of resnet20's time; deep head right on 78.0%; "
+        "24.0% of the rows leave here, 99.1% of them right.",
+        "resnet32/layer2.4 pruned",
+        "Other ways to use these networks",
+        "one network alone 0.620 ms, soft oracle (a bound) 0.460 ms, learned policy on resnet20 > resnet32",
+        "(wrong where resnet56 alone is right)",
+    ):
+        assert expected in flat
+    assert "whole network" not in text
+
+
+def test_ways_between_networks_say_over_which_they_jump() -> None:
+    lines = explain(sample_cascade_report()).splitlines()
+    start = lines.index("Ways between networks, 3 used of 6")
+    assert lines[start + 1 : start + 4] == [
+        "  resnet20 > resnet32",
+        "  resnet20 > resnet56  jumps over resnet32, resnet44",
+        "  resnet32 > resnet56  jumps over resnet44",
+    ]
+
+
+def test_a_jump_is_judged_by_the_edges_that_were_allowed() -> None:
+    networks = [{"name": name} for name in "abcd"]
+    diamond = {"networks": networks, "edges": [["a", "b"], ["a", "c"], ["b", "d"], ["c", "d"]]}
+    assert jump_edges(diamond, [("a", "c"), ("b", "d")]) == {}
+    assert jump_edges({**diamond, "edges": [*diamond["edges"], ["a", "d"]]}, [["a", "d"]]) == {
+        ("a", "d"): ["b", "c"]
+    }
+
+
+def test_a_refused_cascade_names_what_is_returned() -> None:
+    report = sample_cascade_report() | {"refused": "measured 0.98x, below 1.02x"}
+    assert headline(report) == (
+        "cascade of 4 networks: no cascade was made, resnet56 alone is returned. Measured 0.98x, below 1.02x."
+    )
+
+
+def test_without_measured_exits_the_estimates_say_what_a_network_answers() -> None:
+    report = sample_cascade_report() | {"exits": None}
+    flat = " ".join(explain(report).split())
+    assert "3 networks kept of 4, 2.41x" in flat
+    assert "takes 44.0% of the time; answers 65.0% of the rows. Where" in flat
+    report["frontier"][1]["exit_rates"] = {"backbone": 1.0}  # the plain program has no other exit
+    assert "answers 100.0% of the rows. The reference." in " ".join(explain(report).split())
+
+
+@given(st.data())
+def test_any_entry_about_a_cascade_may_be_absent(data: st.DataObject) -> None:
+    report = sample_cascade_report()
+    cascade = report["cascade"]
+    for part in (*cascade["networks"], *cascade["budgets"], cascade):
+        for key in data.draw(st.sets(st.sampled_from(sorted(part.keys() - {"name"})))):
+            del part[key]
+    assert explain(report)
+
+
+def test_networks_of_another_point_are_said_to_be_its() -> None:
+    text = explain(sample_cascade_report(), other_point())
+    assert "Networks, as they are at drop+0.80; resnet56 is the reference" in text
+    assert "Exits inside networks, as they are at drop+0.80" in text

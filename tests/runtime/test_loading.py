@@ -124,7 +124,7 @@ def change_gate(folder: Path) -> None:
 
 
 def newer_schema(folder: Path) -> None:
-    edit_manifest(folder, lambda d: d.update(schema_version=2))
+    edit_manifest(folder, lambda d: d.update(schema_version=3))
 
 
 def add_pickle(folder: Path) -> None:
@@ -224,7 +224,7 @@ def report_not_object(folder: Path) -> None:
         (remove_block, "the file is missing"),
         (truncate_manifest, "not valid JSON"),
         (change_gate, "changed after it was written"),
-        (newer_schema, "schema version 2"),
+        (newer_schema, "schema version 3"),
         (add_pickle, r"weights.pkl: a pickle"),
         (add_torch_save, r"weights.pt: a pickle"),
         (list_pickle, r"a.pkl: a pickle"),

@@ -23,6 +23,7 @@ from exitcompiler.runtime.manifest_json import (
     manifest_from_json,
     manifest_to_json,
 )
+from exitcompiler.splitting import split_artifact
 
 
 def example() -> Manifest:
@@ -67,6 +68,7 @@ def first_gate(document: dict[str, Any]) -> dict[str, Any]:
         (lambda d: d.update(batch_size="1"), "batch_size: expected a whole number, found a string"),
         (lambda d: d.update(selected=9), "selected: 9 is not in"),
         (lambda d: d.update(plain=-1), "plain: -1 is not in"),
+        (lambda d: d.update(plain=None), "plain: only a part"),
         (lambda d: d.update(certificate=[]), "certificate: expected an object, found an array"),
         (lambda d: d.update(operating_points=[]), "is not in"),
         (lambda d: d.update(outputs=[]), "outputs"),
@@ -93,6 +95,53 @@ def test_every_mistake_names_its_place(edit: Callable[[dict[str, Any]], object],
         manifest_from_json(change(edit))
 
 
+def near_part(edit: Callable[[dict[str, Any]], object]) -> bytes:
+    document = json.loads(manifest_to_json(split_artifact(artifact_of(chain()), "second").near.manifest))
+    edit(document)
+    document.pop("digest")
+    document["digest"] = _digest(document)
+    return json.dumps(document).encode()
+
+
+def returned(document: dict[str, Any]) -> dict[str, Any]:
+    way: dict[str, Any] = document["operating_points"][0]["control_flow"]["blocks"][0]["terminator"]["edges"][
+        1
+    ]
+    return way
+
+
+def test_parts_come_back_as_they_were_and_whole_programs_stay_readable_for_older_versions() -> None:
+    parts = split_artifact(artifact_of(chain()), "second")
+    for manifest in (parts.near.manifest, parts.far.manifest):
+        text = manifest_to_json(manifest)
+        assert manifest_from_json(text) == manifest
+        assert json.loads(text)["schema_version"] == 2
+    whole = manifest_to_json(example())
+    assert json.loads(whole)["schema_version"] == 1
+    assert b'"carr' not in whole
+    assert b'"part"' not in whole
+
+
+@pytest.mark.parametrize(
+    ("edit", "where"),
+    [
+        (lambda d: returned(d)["carries"].pop(), r"exit 'first:second', carried: 1 values bind 2 params"),
+        (lambda d: returned(d).pop("carries"), "no exit carries"),
+        (lambda d: returned(d).update(carries=["h", "h"]), "cannot bind 'earlier'"),
+        (lambda d: d["operating_points"][0]["control_flow"].pop("carried"), "bind 0 params"),
+        (lambda d: d.pop("part"), "exit rates|only a part|nothing else does"),
+        (lambda d: d["part"].update(kind="far"), "carries values, and nothing else does"),
+        (lambda d: d["part"].update(whole="ab"), "part.whole: expected 64"),
+        (lambda d: d["part"]["edges"][0].pop(), r"part.edges\[0\]: expected two block names"),
+        (lambda d: d.update(one_file=0), "one_file: a one-file model carries nothing"),
+        (lambda d: d.update(schema_version=1), "nothing else does|only a part"),
+    ],
+)
+def test_mistakes_in_a_part(edit: Callable[[dict[str, Any]], object], where: str) -> None:
+    with pytest.raises(ArtifactError, match=where):
+        manifest_from_json(near_part(edit))
+
+
 def test_what_later_versions_add_is_ignored_or_kept() -> None:
     def edit(document: dict[str, Any]) -> None:
         document["graph_plans"] = {"a": 1}
@@ -104,8 +153,8 @@ def test_what_later_versions_add_is_ignored_or_kept() -> None:
 
 
 def test_a_newer_schema_says_so() -> None:
-    with pytest.raises(ArtifactError, match=r"schema version 2.*\n.*newer version"):
-        manifest_from_json(change(lambda d: d.update(schema_version=2)))
+    with pytest.raises(ArtifactError, match=r"schema version 3.*\n.*newer version"):
+        manifest_from_json(change(lambda d: d.update(schema_version=3)))
 
 
 @pytest.mark.parametrize(
