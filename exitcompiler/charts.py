@@ -16,20 +16,33 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from exitcompiler.runtime.explain import format_share
+from exitcompiler.runtime.wording import format_share
 
-__all__ = ["draw_exit_histogram", "draw_frontier", "draw_reliability"]
+__all__ = [
+    "ACCENT",
+    "GRID",
+    "INK",
+    "MUTED",
+    "SERIES",
+    "STYLE",
+    "SURFACE",
+    "draw_exit_histogram",
+    "draw_frontier",
+    "draw_reliability",
+    "to_svg",
+    "undominated",
+]
 
-_INK, _MUTED, _GRID, _ACCENT = "#010101", "#020202", "#030303", "#040404"
-_SERIES = ("#050505", "#060606", "#070707", "#080808", "#090909")
-_SURFACE = "#0a0a0a"
+INK, MUTED, GRID, ACCENT = "#010101", "#020202", "#030303", "#040404"
+SERIES = ("#050505", "#060606", "#070707", "#080808", "#090909")
+SURFACE = "#0a0a0a"
 _VARIABLES = {
-    _INK: "--ink",
-    _MUTED: "--muted",
-    _GRID: "--grid",
-    _ACCENT: "--accent",
-    _SURFACE: "--surface",
-    **{color: f"--series-{i}" for i, color in enumerate(_SERIES)},
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    ACCENT: "--accent",
+    SURFACE: "--surface",
+    **{color: f"--series-{i}" for i, color in enumerate(SERIES)},
 }
 _MARKERS = ("s", "^", "D", "v", "P")
 _DASHES = ("--", "-.", ":", (0, (5, 1)), (0, (1, 2)))
@@ -40,25 +53,25 @@ _BASELINES = {
     "random": "random routing",
     "oracle": "soft oracle (a bound)",
 }
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": _INK,
+    "text.color": INK,
     "figure.facecolor": "none",
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _GRID,
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "legend.frameon": False,
 }
 
@@ -81,15 +94,15 @@ def draw_frontier(
     Raises:
         KeyError: A point lacks one of the two.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.2, 4.4), layout="constrained")
         axes = figure.subplots()
         for index, (name, points) in enumerate(baselines.items()):
-            look = index % len(_SERIES)
-            xy = _undominated((p["mean_latency_ms"], 100 * p["accuracy_drop"]) for p in points)
+            look = index % len(SERIES)
+            xy = undominated((p["mean_latency_ms"], 100 * p["accuracy_drop"]) for p in points)
             axes.plot(
                 *_columns(xy),
-                color=_SERIES[look],
+                color=SERIES[look],
                 linestyle=_DASHES[look],
                 marker=_MARKERS[look],
                 markersize=4,
@@ -97,26 +110,26 @@ def draw_frontier(
                 label=_BASELINES.get(name, name.replace("_", " ")),
             )
         xy = [(p["mean_latency_ms"], 100 * p["accuracy_drop"]) for p in frontier]
-        axes.plot(*_columns(xy), color=_ACCENT, marker="o", markersize=4, linestyle="none", fillstyle="none")
-        best = _undominated(xy)
+        axes.plot(*_columns(xy), color=ACCENT, marker="o", markersize=4, linestyle="none", fillstyle="none")
+        best = undominated(xy)
         axes.plot(
-            *_columns(best), color=_ACCENT, marker="o", markersize=5, linewidth=2.2, label="learned gates"
+            *_columns(best), color=ACCENT, marker="o", markersize=5, linewidth=2.2, label="learned gates"
         )
         for point in frontier:
             if point.get("chosen"):
                 x, y = point["mean_latency_ms"], 100 * point["accuracy_drop"]
                 axes.plot(
-                    [x], [y], marker="*", markersize=17, color=_ACCENT, markeredgecolor=_SURFACE, zorder=5
+                    [x], [y], marker="*", markersize=17, color=ACCENT, markeredgecolor=SURFACE, zorder=5
                 )
                 axes.annotate("chosen", (x, y), (9, 8), textcoords="offset points", weight="bold")
         if max_accuracy_drop is not None:
-            axes.axhline(100 * max_accuracy_drop, color=_INK, linewidth=1, linestyle=(0, (2, 2)))
+            axes.axhline(100 * max_accuracy_drop, color=INK, linewidth=1, linestyle=(0, (2, 2)))
         drops = [100 * point["accuracy_drop"] for points in baselines.values() for point in points]
         _limit_drop(axes, frontier, max_accuracy_drop, best=min([*drops, 0.0]))
         axes.set_xlabel("mean latency per row (ms), further left is faster")
         axes.set_ylabel("accuracy drop (points), higher is better")
         axes.legend(loc="best", fontsize=9)
-        return _svg(figure, "frontier")
+        return to_svg(figure, "frontier")
 
 
 def draw_exit_histogram(exit_rates: Mapping[str, float]) -> str:
@@ -128,19 +141,19 @@ def draw_exit_histogram(exit_rates: Mapping[str, float]) -> str:
     Returns:
         An ``<svg>`` element.
     """
-    with mpl.rc_context(_STYLE | {"axes.grid": False}):
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(8.2, 0.5 + 0.42 * max(len(exit_rates), 1)), layout="constrained")
         axes = figure.subplots()
         names = list(exit_rates)
         shares = [100 * rate for rate in exit_rates.values()]
-        bars = axes.barh(names, shares, color=_ACCENT, height=0.62)
+        bars = axes.barh(names, shares, color=ACCENT, height=0.62)
         axes.bar_label(bars, [format_share(rate) for rate in exit_rates.values()], padding=4)
         axes.invert_yaxis()
         axes.set_xlim(0, max([*shares, 1.0]) * 1.15)
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        return _svg(figure, "exits")
+        return to_svg(figure, "exits")
 
 
 def draw_reliability(reliability: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -157,22 +170,22 @@ def draw_reliability(reliability: Mapping[str, Mapping[str, Sequence[float]]]) -
     """
     columns = min(len(reliability), 4)
     lines = -(-len(reliability) // columns)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.2, 2.35 * lines), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
         for axes in grid.flat[len(reliability) :]:
             axes.set_visible(False)
         for axes, (name, bins) in zip(grid.flat, reliability.items(), strict=False):
             most = max([*bins["count"], 1])
-            axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle="--")
-            axes.plot(bins["confidence"], bins["accuracy"], color=_ACCENT, linewidth=1.4)
+            axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--")
+            axes.plot(bins["confidence"], bins["accuracy"], color=ACCENT, linewidth=1.4)
             sizes = [6 + 60 * count / most for count in bins["count"]]
-            axes.scatter(bins["confidence"], bins["accuracy"], s=sizes, color=_ACCENT, zorder=3)
+            axes.scatter(bins["confidence"], bins["accuracy"], s=sizes, color=ACCENT, zorder=3)
             axes.set(xlim=(0, 1.04), ylim=(0, 1.04), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
             axes.set_title(name, fontsize=10, parse_math=False)
         figure.supxlabel("confidence (max probability)", fontsize=10)
         figure.supylabel("share that is right", fontsize=10)
-        return _svg(figure, "reliability")
+        return to_svg(figure, "reliability")
 
 
 def _limit_drop(
@@ -190,7 +203,7 @@ def _limit_drop(
     axes.set_ylim(worst + margin, best - margin)
 
 
-def _undominated(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+def undominated(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """Points, by latency, that drop less than every faster one."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(points):
@@ -203,7 +216,7 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def to_svg(figure: Figure, salt: str) -> str:
     """The figure as an element to put into a page: no prologue, no fixed size, colours as variables."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": salt}):

@@ -5,24 +5,34 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from types import ModuleType
 from typing import Any
 
-from exitcompiler.controlflow import ControlFlow
+from exitcompiler.controlflow import ControlFlow, Return, successors
 from exitcompiler.drawing import draw_control_flow
 from exitcompiler.errors import ExitCompilerError
 from exitcompiler.files import write_file
 from exitcompiler.runtime.explain import (
     certificate_sentence,
-    format_duration,
-    format_share,
+    described_point,
     headline,
     measured_point,
+    measured_rates,
     points_to_list,
     reason_text,
     runs_sentence,
     taken_exits,
 )
+from exitcompiler.runtime.explain_cascade import (
+    inner_exits,
+    is_cascade,
+    jump_edges,
+    network_facts,
+    network_of_exit,
+    reference_name,
+)
 from exitcompiler.runtime.manifest import OperatingPoint
+from exitcompiler.runtime.wording import format_duration, format_points, format_share
 
 __all__ = ["render_report", "write_report"]
 
@@ -66,7 +76,7 @@ def render_report(
         import jinja2
         import markupsafe
 
-        from exitcompiler import charts
+        from exitcompiler import cascade_charts, charts
     except ModuleNotFoundError as error:
         raise ExitCompilerError(
             f"the HTML report needs {error.name}", remedy="pip install 'exitcompiler[report]'"
@@ -77,19 +87,14 @@ def render_report(
 
     points = report.get("frontier") or []
     chosen: Mapping[str, Any] = next((point for point in points if point.get("chosen")), {})
-    limit = (report.get("settings") or {}).get("max_accuracy_drop")
-    plotted = [p for p in points if _has(p, "mean_latency_ms", "accuracy_drop")]
     measured = measured_point(report, point)
     other = point if measured is not None else None
     rates = taken_exits(chosen if other is None else {"exit_rates": other.estimate.exit_rates})
-    reliability = report.get("reliability") or {}
-    curves = report.get("baselines") or {}
-    drawings = {
-        "frontier_chart": charts.draw_frontier(plotted, curves, limit) if plotted else "",
-        "exit_chart": charts.draw_exit_histogram(rates) if rates else "",
-        "reliability_chart": charts.draw_reliability(reliability) if reliability else "",
-        "drawing": draw_control_flow(control_flow, rates) if control_flow is not None else "",
-    }
+    drawings = _charts(report, rates, charts, cascade_charts)
+    if control_flow is not None:
+        running = described_point(report) if other is None else other.name
+        block_rates = _block_rates(report, control_flow, running)
+        drawings["drawing"] = draw_control_flow(control_flow, rates, block_rates)
     return environment.from_string(template).render(
         name=(report.get("model") or {}).get("name") or "model",
         headline=headline(report, point),
@@ -98,11 +103,12 @@ def render_report(
         selected=None if other is None else other.name,
         refused=report.get("refused"),
         frontier=[{**point, "taken": taken_exits(point)} for point in points_to_list(points)],
-        limit=limit,
-        certificate=certificate_sentence(report.get("certificate") or {}),
-        latency=_latency(report.get("latency") or {}),
+        limit=(report.get("settings") or {}).get("max_accuracy_drop"),
+        certificate=certificate_sentence(report.get("certificate") or {}, reference_name(report)),
+        latency=_latency(report),
         runs=runs_sentence(report),
-        exits=[{**exit, "why": reason_text(exit)} for exit in report.get("exits") or []],
+        exits=[{**exit, "why": reason_text(exit)} for exit in inner_exits(report)],
+        cascade=_cascade(report) if is_cascade(report) else None,
         rounds=report.get("rounds") or [],
         groups=_groups(report),
         notes=report.get("notes") or [],
@@ -111,36 +117,67 @@ def render_report(
     )
 
 
+def _charts(
+    report: Mapping[str, Any], rates: Mapping[str, float], charts: ModuleType, cascade_charts: ModuleType
+) -> dict[str, str]:
+    """The figures that there is something to draw for, as SVG."""
+    cascade = report.get("cascade") or {}
+    limit = (report.get("settings") or {}).get("max_accuracy_drop")
+    points = [p for p in report.get("frontier") or [] if _has(p, "mean_latency_ms", "accuracy_drop")]
+    curves, reliability = report.get("baselines") or {}, report.get("reliability") or {}
+    drawn = {}
+    if cascade and (points or cascade.get("frontiers")):
+        drawn["topologies_chart"] = cascade_charts.draw_topologies(cascade, curves, points, limit)
+    elif points:
+        drawn["frontier_chart"] = charts.draw_frontier(points, curves, limit)
+    if rates:
+        drawn["exit_chart"] = charts.draw_exit_histogram(rates)
+    if reliability:
+        drawn["reliability_chart"] = charts.draw_reliability(reliability)
+    if cascade.get("budgets"):
+        drawn["budgets_chart"] = cascade_charts.draw_budgets(cascade["budgets"])
+    if _has(cascade.get("overlap") or {}, "networks", "patterns"):
+        drawn["overlap_chart"] = cascade_charts.draw_overlap(cascade["overlap"])
+    return drawn
+
+
 def _figures(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[dict[str, str]]:
     """The headline figures: label, value, one line of detail."""
     figures = []
     latency = report.get("latency") or {}
     speedup, program, plain = (latency.get(key) or {} for key in ("speedup", "program", "plain"))
+    reference = reference_name(report).removeprefix("the ")
     if speedup.get("value") is not None:
         interval = _has(speedup, "lower", "upper")
         detail = f"95% interval {speedup['lower']:.2f} to {speedup['upper']:.2f}" if interval else ""
         figures.append({"label": "speed-up", "value": f"{speedup['value']:.2f}x", "detail": detail})
     if program.get("mean_ms") is not None:
-        detail = f"whole network {format_duration(plain['mean_ms'])}" if _has(plain, "mean_ms") else ""
+        detail = f"{reference} {format_duration(plain['mean_ms'])}" if _has(plain, "mean_ms") else ""
         figures.append(
             {"label": "mean latency", "value": format_duration(program["mean_ms"]), "detail": detail}
         )
     if chosen.get("accuracy") is not None:
         drop = chosen.get("accuracy_drop")
-        detail = "" if drop is None else f"drop {_points(drop)}"
+        detail = "" if drop is None else f"drop {format_points(drop)}"
         figures.append({"label": "accuracy", "value": format_share(chosen["accuracy"]), "detail": detail})
-    if report.get("exits"):
-        kept = sum(bool(exit.get("kept")) for exit in report["exits"])
-        figures.append(
-            {"label": "exits kept", "value": str(kept), "detail": f"of {len(report['exits'])} places"}
-        )
+    figures += _kept_figures(report)
     return figures
+
+
+def _kept_figures(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    networks, exits = (report.get("cascade") or {}).get("networks"), inner_exits(report)
+    kept = sum(bool(exit.get("kept")) for exit in exits)
+    if networks:
+        left = sum(bool(network.get("kept")) for network in networks)
+        detail = f"exits inside them: {kept} of {len(exits)} places" if exits else ""
+        return [{"label": "networks kept", "value": f"{left} of {len(networks)}", "detail": detail}]
+    return [{"label": "exits kept", "value": str(kept), "detail": f"of {len(exits)} places"}] if exits else []
 
 
 def _estimates(point: OperatingPoint) -> list[dict[str, str]]:
     """The headline figures of a point that was not measured as a whole."""
     estimate = point.estimate
-    drop = f"drop {_points(estimate.accuracy_drop)}, excess error {format_share(estimate.excess_error)}"
+    drop = f"drop {format_points(estimate.accuracy_drop)}, excess error {format_share(estimate.excess_error)}"
     return [
         {"label": "operating point", "value": point.name, "detail": "selected; figures are estimates"},
         {"label": "mean latency", "value": format_duration(estimate.mean_latency_ms), "detail": "estimated"},
@@ -148,9 +185,47 @@ def _estimates(point: OperatingPoint) -> list[dict[str, str]]:
     ]
 
 
-def _latency(latency: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = (("with exits", latency.get("program")), ("whole network", latency.get("plain")))
+def _latency(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    latency = report.get("latency") or {}
+    program = "cascade" if is_cascade(report) else "with exits"
+    reference = reference_name(report).removeprefix("the ")
+    rows = ((program, latency.get("program")), (reference, latency.get("plain")))
     return [{"label": label, **figures} for label, figures in rows if figures]
+
+
+def _cascade(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page says about networks."""
+    cascade = report.get("cascade") or {}
+    networks = network_facts(report, described_point(report), measured_rates(report))
+    used = cascade.get("used_edges") or []
+    jumps = jump_edges(cascade, used)
+    return {
+        "reference": cascade.get("reference"),
+        "alone": reference_name(report),
+        "networks": [{**network, "why": reason_text(network)} for network in networks],
+        "edges": [(start, end, jumps.get((start, end), [])) for start, end in used],
+        "overlap": cascade.get("overlap") or {},
+        "budgets": cascade.get("budgets") or [],
+    }
+
+
+def _block_rates(report: Mapping[str, Any], flow: ControlFlow, point: str | None) -> dict[str, float] | None:
+    """Share of the rows that runs the first block of each network, as far as known; None: no cascade.
+
+    A block belongs to the network that answers at its end. Where some block only passes rows on, it is
+    not known where networks begin, and nothing is said.
+    """
+    if not is_cascade(report):
+        return None
+    networks = network_facts(report, point, {})
+    run = {network["name"]: network["share_of_rows_run"] for network in networks}
+    starts: dict[str, str] = {}
+    for block in flow.blocks:
+        exits = [way.exit for way in successors(block.terminator) if isinstance(way, Return)]
+        if not exits:
+            return {}
+        starts.setdefault(str(network_of_exit(report, exits[0])), block.name)
+    return {block: run[network] for network, block in starts.items() if run.get(network) is not None}
 
 
 def _groups(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -182,13 +257,10 @@ def _plain(value: Any) -> str:
             return str(value)
 
 
-def _points(drop: float) -> str:
-    return f"{100 * drop:.2f} points"
-
-
 _FILTERS = {
     "share": format_share,
-    "points": _points,
+    "points": format_points,
+    "count": lambda count: f"{count:,}",
     "duration": format_duration,
     "ratio": lambda ratio: f"{ratio:.2f}x",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -9,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_cascade import (
+    all_edges_control_flow,
+    sample_cascade_control_flow,
+    sample_cascade_report,
+)
 from sample_report import other_point, sample_control_flow, sample_report
 
 from exitcompiler.controlflow import (
@@ -22,6 +28,7 @@ from exitcompiler.controlflow import (
     ValueSpec,
 )
 from exitcompiler.drawing import draw_control_flow
+from exitcompiler.edge_shares import edge_shares
 from exitcompiler.errors import InputError
 from exitcompiler.report import render_report, write_report
 
@@ -227,3 +234,108 @@ def test_drawing_of_a_diamond_keeps_boxes_apart_and_within_the_picture() -> None
         assert 0 <= y <= y + h <= height
         for x2, y2, w2, h2 in boxes[:i]:
             assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
+
+
+CASCADE_SECTIONS = (
+    "Networks: kept or pruned, and why",
+    "Who answers, and who takes the time",
+    "Which networks are right on the same rows",
+    "Exits inside networks: kept or pruned, and why",
+)
+
+
+def test_a_cascade_has_sections_of_its_own_and_no_other_program_has() -> None:
+    html = render_report(sample_cascade_report(), sample_cascade_control_flow())
+    text = _text(html)
+    for expected in (
+        *CASCADE_SECTIONS, "networks kept 3 of 4 exits inside them: 1 of 2 places", "resnet56 alone 1.05 ms",
+        "resnet20 → resnet56 (jumps over resnet32, resnet44)", "resnet20 > resnet32 > resnet56",
+        "all networks, learned", "272,474", "100.0% / 65.0%", "3.70% none is right", "soft oracle (a bound)",
+        "13.0%", "76.0% of the rows", "wrong where resnet56 alone is right",
+    ):  # fmt: skip
+        assert expected in text
+    assert html.count("<svg") == 6
+    assert "whole network" not in text
+    plain = _text(render_report(sample_report(), sample_control_flow()))
+    assert not any(title in plain for title in CASCADE_SECTIONS)
+    assert "of the rows float32" not in plain
+
+
+@pytest.mark.parametrize("key", sorted(sample_cascade_report()["cascade"]))
+def test_any_part_about_a_cascade_may_be_absent_or_null(key: str) -> None:
+    missing = {"networks": 0, "budgets": 1, "overlap": 2}
+    absent, null = sample_cascade_report(), sample_cascade_report()
+    del absent["cascade"][key]
+    null["cascade"][key] = None
+    for changed in (absent, null):
+        text = _text(render_report(changed, sample_cascade_control_flow()))
+        shown = [title in text for title in CASCADE_SECTIONS[:3]]
+        assert shown == [number != missing.get(key) for number in range(3)]
+
+
+def test_names_in_a_cascade_are_escaped() -> None:
+    evil = "<script>alert('x')</script>&$x_1$"
+    report = json.loads(json.dumps(sample_cascade_report()).replace("resnet20", evil))
+    checker = _read(render_report(report, all_edges_control_flow(3)))
+    assert "script" not in checker.tags
+    assert sum("alert" in text for text in checker.text) > 10
+    assert any("$x_1$" in text for text in checker.text)
+
+
+def test_colours_of_a_cascade_are_variables_of_the_page() -> None:
+    drawn = "".join(re.findall(r"<svg.*?</svg>", render_report(sample_cascade_report(), None), re.DOTALL))
+    assert set(re.findall(r"(?:fill|stroke): ?(#[0-9a-f]{6})", drawn)) <= {"#000000", "#ffffff"}
+
+
+def test_a_refused_cascade_names_what_is_returned() -> None:
+    text = _text(render_report(sample_cascade_report() | {"refused": "it does not pay"}, None))
+    assert "No cascade was made: resnet56 alone is returned it does not pay" in text
+
+
+@pytest.mark.parametrize("networks", [2, 3, 4, 6])
+def test_edges_past_other_blocks_share_no_line(networks: int) -> None:
+    svg = ElementTree.fromstring(draw_control_flow(all_edges_control_flow(networks), {}, {}))
+    width = float(svg.attrib["viewBox"].split()[2])
+    upright, level = [], []
+    for path in svg.iter("{http://www.w3.org/2000/svg}path"):
+        match = re.fullmatch(
+            r"M(\S+) (\S+) H(\S+) Q(\S+) \S+ \S+ (\S+) V(\S+) Q\S+ (\S+) \S+ \S+ H(\S+)", path.attrib["d"]
+        )
+        if match:
+            box, y1, _, lane, top, bottom, y2, end = map(float, match.groups())
+            assert 0 < lane < box == end < width
+            upright.append((lane, top, bottom))
+            level += [y1, y2]
+    assert len(upright) == (networks - 1) * (networks - 2) // 2
+    assert len(set(level)) == len(level)
+    for i, (lane, top, bottom) in enumerate(upright):
+        for lane2, top2, bottom2 in upright[:i]:
+            assert abs(lane - lane2) > 10 or bottom <= top2 or bottom2 <= top
+
+
+def test_shares_of_edges_follow_from_exits_and_blocks() -> None:
+    flow = sample_cascade_control_flow()
+    rates = {"resnet20/layer2.2": 0.24, "resnet20": 0.41, "resnet32": 0.15, "resnet56": 0.2}
+    assert edge_shares(flow, rates, {"to_resnet32": 0.22}) == pytest.approx(
+        {
+            ("to_resnet20_layer2_2", 0): 0.24,
+            ("to_resnet20_layer2_2", 1): 0.76,
+            ("to_resnet20", 0): 0.41,
+            ("to_resnet20", 1): 0.22,
+            ("to_resnet20", 2): 0.13,
+            ("to_resnet32", 0): 0.15,
+            ("to_resnet32", 1): 0.07,
+            ("to_resnet56", 0): 0.2,
+        }
+    )
+    assert ("to_resnet20", 2) not in edge_shares(flow, rates, {})
+    assert edge_shares(flow, {"resnet32": 0.15}, {}) == {("to_resnet32", 0): 0.15}
+
+
+def test_names_of_exits_have_room() -> None:
+    name = "wide_resnet110/layer3.17.block"
+    value = {"y": ValueSpec((BATCH, 4), "float32")}
+    flow = ControlFlow(value, value, (BlockInterface("b", value, {}, Return(("y",), name)),))
+    widths = [float(w) for w in re.findall(r'<rect[^>]* width="(\S+)"', draw_control_flow(flow))]
+    assert widths[0] > 7 * len(name)
+    assert widths[1] == 230
