@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -44,6 +44,7 @@ where that is above 1."""
 
 CONFIDENCE: Final = 0.95
 PARITY_ROWS: Final = 16
+MOST_ROUTES: Final = 32
 BATCH_SIZE: Final = 32
 LIMIT_S: Final = 30.0
 """How long a comparison may measure; a large network gets fewer turns, and so a wider interval."""
@@ -55,7 +56,7 @@ Certified = dict[str, Any]
 def check_parity(
     compiled: CompiledModel, program: Program, rows: Rows, precision: str, *, count: int = PARITY_ROWS
 ) -> float:
-    """Send rows to each exit in turn and compare the outputs with torch's.
+    """Send rows to each exit in turn, by every way that leads there, and compare the outputs with torch's.
 
     Args:
         compiled: The lowered program.
@@ -68,17 +69,17 @@ def check_parity(
         The largest absolute difference, relative to the largest output where that is above 1.
 
     Raises:
-        LoweringError: A difference is above the tolerance; names the exit.
+        LoweringError: A difference is above the tolerance; names the exit and the way.
     """
     part = rows.take(slice(0, count))
     arrays = _arrays(part.inputs)
     worst = 0.0
-    for exit_name in program.exits:
-        expected = run_to_exit(program, exit_name, part.inputs).numpy()
-        forced = compiled.forced(exit_name)
+    for exit_name, route in _routes(program):
+        expected = run_to_exit(program, exit_name, part.inputs, route).numpy()
+        forced = compiled.forced(exit_name, route)
         together = logits_of(forced(arrays))
         alone = logits_of(forced({name: array[:1] for name, array in arrays.items()}))
-        where = f"exit {exit_name!r} on {compiled.backend.name} {precision}"
+        where = f"exit {exit_name!r} by {' > '.join(route)} on {compiled.backend.name} {precision}"
         worst = max(
             worst,
             _difference(together, expected, precision, where),
@@ -134,21 +135,42 @@ def _arrays(inputs: Inputs) -> dict[str, Array]:
     return {name: tensor.numpy() for name, tensor in inputs.items()}
 
 
+def _routes(program: Program) -> Iterator[tuple[str, list[str]]]:
+    """Every exit with the ways that lead there, as the blocks that are passed; of very many the first."""
+    graph: nx.DiGraph[Any] = nx.DiGraph(block_graph(program))
+    for exit_name in program.exits:
+        ways = nx.all_simple_paths(graph, program.entry.name, f"return:{exit_name}")
+        for way in itertools.islice(ways, MOST_ROUTES):
+            yield exit_name, way[:-1]
+
+
 @torch.no_grad()
-def run_to_exit(program: Program, exit_name: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The first output of a program of torch bodies when every row goes to one exit, by the shortest way."""
+def run_to_exit(
+    program: Program,
+    exit_name: str,
+    inputs: Mapping[str, torch.Tensor],
+    route: Sequence[str] | None = None,
+) -> torch.Tensor:
+    """The first output of a program of torch bodies when every row goes to one exit.
+
+    Args:
+        program: With bodies.
+        exit_name: One of its exits.
+        inputs: Input name -> rows.
+        route: The blocks to pass; None: the shortest way.
+    """
     graph = block_graph(program)
-    way = nx.shortest_path(graph, program.entry.name, f"return:{exit_name}")
+    end = f"return:{exit_name}"
+    way = nx.shortest_path(graph, program.entry.name, end) if route is None else [*route, end]
     values = dict(inputs)
     for name, following in itertools.pairwise(way):
         block = program.block(name)
         values = {**values, **block.run(values)}
         handed_on = next(iter(graph.get_edge_data(name, following).values()))["values"]
-        if following == way[-1]:
-            return values[handed_on[0]]
-        params = program.block(following).params
-        values = dict(zip(params, (values[value] for value in handed_on), strict=True))
-    raise AssertionError("a way ends in a return")
+        if following != end:
+            params = program.block(following).params
+            values = dict(zip(params, (values[value] for value in handed_on), strict=True))
+    return values[handed_on[0]]
 
 
 def certify(

@@ -33,7 +33,7 @@ from exitcompiler.gate_features import (
 from exitcompiler.gate_search import Action, Choices, Direction, Plane, Problem, to_policy
 from exitcompiler.policies import Policy
 from exitcompiler.scores import HeadKey, ScoreTable
-from exitcompiler.site_search import known_heads, known_sites, search
+from exitcompiler.site_search import frugal, known_heads, known_sites, search
 
 __all__ = [
     "FEWEST_ROWS",
@@ -116,15 +116,13 @@ class Learner:
         problem = self.problem(trade_off_us)
         known = [start for start in starts if self._fits(start)]
         best_us, choices = search(problem, known, self.allowed)
-        if not self.recipe.linear:
-            return choices
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS if self.recipe.linear else 0):
             relearned = self._relearn(problem, choices)
-            value_us, trial = search(relearned, (choices,), self.allowed)
+            value_us, trial = search(relearned, (choices,), self.allowed, explore=False)
             if value_us >= best_us:
                 break
             best_us, choices, problem = value_us, trial, relearned
-        return choices
+        return choices if self.table.topology.tail else frugal(problem, choices, self.allowed)
 
     def _fits(self, choices: Choices) -> bool:
         sites = zip(choices, self.table.topology.ways, self.allowed, strict=False)

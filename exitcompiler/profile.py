@@ -7,16 +7,19 @@ from functools import partial
 
 import numpy as np
 
-from exitcompiler.candidates import Candidates
+from exitcompiler.candidates import Candidates, build_program
 from exitcompiler.controlflow import Edge, successors
 from exitcompiler.costs import CostModel
 from exitcompiler.data import Rows
 from exitcompiler.engines import Engines
+from exitcompiler.naming import OWN
+from exitcompiler.policies import GoOn, Policy, leave_above
 from exitcompiler.program import Block, Program
 from exitcompiler.runtime.backends import Array, Engine
 from exitcompiler.runtime.rows import gate_parameters
 from exitcompiler.runtime.single_row import aligned_empty
 from exitcompiler.runtime.timing import measure_interleaved
+from exitcompiler.scores import FEATURES
 from exitcompiler.scoring import run_block
 
 __all__ = ["block_times_us", "measure_costs", "programs_times_us"]
@@ -31,7 +34,8 @@ def measure_costs(
     """The cost of every segment and every head, per row.
 
     A head is timed on its own, with its gate. What a call costs beyond its arithmetic is told from the
-    difference between the segments of a network one after another and the whole of it in one engine.
+    difference between the segments of a network one after another and the whole of it in one engine; where
+    no network has segments, from that between a head on its own and the same head at the end of its network.
 
     Args:
         candidates: Sites and heads.
@@ -44,21 +48,38 @@ def measure_costs(
     topology = candidates.topology
     heads = {key: candidates.head_block(key) for key in candidates.heads}
     segments = [candidates.program.block(candidates.block_of[place]) for place in topology.places]
-    programs = [[*segments, *heads.values()], *([whole.entry] for whole in wholes)]
-    (times, *whole_times) = programs_times_us(programs, engines, rows, batch_size)
-    segment_times, head_times = times[: len(segments)], times[len(segments) :]
     seams = len(segments) - len(wholes)
-    dispatch_us = max(0.0, sum(segment_times) - sum(t for (t,) in whole_times)) / max(1, seams)
+    programs = [[*segments, *heads.values()], [whole.entry for whole in wholes]]
+    if not seams:
+        programs.append([_with_own_head(candidates)])
+    times, whole_times, *ended = programs_times_us(programs, engines, rows, batch_size)
+    segment_times, head_times = times[: len(segments)], times[len(segments) :]
+    if seams:
+        call_us = max(0.0, sum(segment_times) - sum(whole_times)) / seams
+    else:
+        own = head_times[list(heads).index((topology.sites[0], OWN))]
+        call_us = max(0.0, own - max(0.0, ended[0][0] - whole_times[0]))
     # A kept exit keeps its seam; a pruned one's segments merge and the seam is gone.
     later = [topology.follows[place] is not None for place in range(len(segments))]
     return CostModel(
         segment_us=tuple(
-            max(0.0, t - dispatch_us * inner) for t, inner in zip(segment_times, later, strict=True)
+            max(0.0, t - call_us * inner) for t, inner in zip(segment_times, later, strict=True)
         ),
-        head_us={key: max(0.0, t - dispatch_us) for key, t in zip(heads, head_times, strict=True)},
-        gate_us=dispatch_us if seams else 0.0,
-        plain_us=whole_times[-1][0],
+        head_us={key: max(0.0, t - call_us) for key, t in zip(heads, head_times, strict=True)},
+        gate_us=call_us if seams else 0.0,
+        plain_us=whole_times[-1],
     )
+
+
+def _with_own_head(candidates: Candidates) -> Block:
+    """The first network of a cascade with its own head and a gate, in one block."""
+    site = candidates.exits[0]
+    policy = Policy.plain(candidates.topology)
+    onward = policy.decisions[0]
+    assert isinstance(onward, GoOn)
+    rule = leave_above(OWN, ((site, OWN),), (0.0,) * FEATURES, 0.0, onward)
+    decisions = (rule, *policy.decisions[1:])
+    return build_program(candidates, Policy(candidates.topology, decisions)).entry
 
 
 def block_times_us(

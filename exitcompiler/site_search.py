@@ -15,7 +15,7 @@ from exitcompiler.naming import OWN
 from exitcompiler.scores import FEATURES, BoolArray, HeadKey
 from exitcompiler.topology import passed_before
 
-__all__ = ["known_heads", "known_sites", "search"]
+__all__ = ["frugal", "known_heads", "known_sites", "search"]
 
 SETTLED: Final = 4
 """From how many of the best starts sweeps go on until the objective no longer falls."""
@@ -221,28 +221,34 @@ def _settle(
     return best, choices
 
 
-def search(problem: Problem, starts: Sequence[Choices], allowed: Sequence[bool]) -> tuple[float, Choices]:
+def search(
+    problem: Problem, starts: Sequence[Choices], allowed: Sequence[bool], *, explore: bool = True
+) -> tuple[float, Choices]:
     """The best choices found from several starts, by sweeps and by taking single sites out.
 
     A sweep moves one site at a time and so cannot see that two of them only pay without each other;
     taking one out and settling the rest can.
 
+    Args:
+        problem: What to minimise.
+        starts: To start from as well.
+        allowed: Per site whether something may be decided there.
+        explore: Start from every sub-topology of a cascade too, which takes most of the time.
+
     Returns:
         The objective in microseconds, and the choices; never worse than any start, than the best
-        single exit, or than the backbone alone, but for ``NEXT_TO_NOTHING`` in a cascade.
+        single exit, or than the backbone alone.
     """
     nothing = problem.nothing
-    begun = [_sweep(problem, nothing, allowed), *starts, *_first_steps(problem, allowed)]
+    begun = [_sweep(problem, nothing, allowed), *starts]
+    if explore or len(problem.table.topology.networks) == 1:
+        begun += _first_steps(problem, allowed)
     begun = sorted((c for c in begun if _consistent(problem, c)), key=problem.objective_us)[:SETTLED]
     best, choices = min((_settle(problem, start, allowed) for start in begun), key=lambda pair: pair[0])
     while (found := next(_fewer(problem, choices, allowed, best * (1.0 - 1e-9)), None)) is not None:
         best, choices = _settle(problem, found[1], allowed)
     plain = problem.objective_us(nothing)
-    if best >= plain:
-        return plain, nothing
-    if len(problem.table.topology.networks) == 1:
-        return best, choices
-    return _frugal(problem, best, choices, allowed)
+    return (best, choices) if best < plain else (plain, nothing)
 
 
 def _fewer(
@@ -260,16 +266,20 @@ def _fewer(
                 yield value, trial, without
 
 
-def _frugal(
-    problem: Problem, best: float, choices: Choices, allowed: Sequence[bool]
-) -> tuple[float, Choices]:
-    """Do without sites that bring next to nothing: a network has to be kept in memory for them."""
-    bound, value = best * (1.0 + NEXT_TO_NOTHING), best
-    while (
-        found := min(_fewer(problem, choices, allowed, bound), key=lambda f: f[0], default=None)
-    ) is not None:
-        value, choices, allowed = found
-    return value, choices
+def frugal(problem: Problem, choices: Choices, allowed: Sequence[bool]) -> Choices:
+    """Do without sites that bring next to nothing: a network has to be kept in memory for them.
+
+    Args:
+        problem: What to minimise; what is given up is at most ``NEXT_TO_NOTHING`` of it, all in all.
+        choices: Found by ``search``.
+        allowed: Per site whether something may be decided there.
+    """
+    bound = problem.objective_us(choices) * (1.0 + NEXT_TO_NOTHING)
+    while True:
+        fewer = min(_fewer(problem, choices, allowed, bound), key=lambda found: found[0], default=None)
+        if fewer is None:
+            return choices
+        _, choices, allowed = fewer
 
 
 def _first_steps(problem: Problem, allowed: Sequence[bool]) -> Iterator[Choices]:

@@ -58,11 +58,12 @@ class CompiledModel:
         point: Index of the operating point; None: the artifact's own choice.
         check_finite: Refuse NaN and infinity in floating-point inputs (costs about a microsecond).
         forced: Take this exit for every row, whatever the gates say.
+        route: The blocks to pass on the way there; None: the first ways that lead there.
         notes: What the caller should know about how it was loaded.
         engines: Shared with another model of the same artifact and backend.
 
     Raises:
-        InputError: There is no exit ``forced``.
+        InputError: There is no exit ``forced``, or no such route to it.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class CompiledModel:
         point: int | None = None,
         check_finite: bool = True,
         forced: str | None = None,
+        route: Sequence[str] | None = None,
         notes: Sequence[str] = (),
         engines: EnginePool | None = None,
     ) -> None:
@@ -84,7 +86,7 @@ class CompiledModel:
         self._point = manifest.operating_points[self._index]
         self._flow = self._point.control_flow
         if forced is not None:
-            self._flow = force_exit(self._flow, forced)
+            self._flow = force_exit(self._flow, forced, route)
         self._forced = forced
         self._check_finite = check_finite
         self._engines = EnginePool(artifact, backend) if engines is None else engines
@@ -200,21 +202,27 @@ class CompiledModel:
         manifest = replace(self.manifest, selected=self._index, certificate=certificate)
         return replace(self.artifact, manifest=manifest)
 
-    def forced(self, exit_name: str) -> CompiledModel:
+    def forced(self, exit_name: str, route: Sequence[str] | None = None) -> CompiledModel:
         """The same program with every row sent to one exit: for parity checks and timing.
 
-        Raises:
-            InputError: There is no such exit.
-        """
-        return self._at(self._index, forced=exit_name)
+        Args:
+            exit_name: One of ``exits``.
+            route: Names of the blocks that rows pass, from the first to the one with the exit, where
+                several ways lead to it; None: the first of these.
 
-    def _at(self, point: int, forced: str | None = None) -> CompiledModel:
+        Raises:
+            InputError: There is no such exit, or no such route to it.
+        """
+        return self._at(self._index, exit_name, route)
+
+    def _at(self, point: int, forced: str | None = None, route: Sequence[str] | None = None) -> CompiledModel:
         return CompiledModel(
             self.artifact,
             self.backend,
             point=point,
             check_finite=self._check_finite,
             forced=forced,
+            route=route,
             notes=self.notes,
             engines=self._engines,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from exitcompiler.controlflow import (
@@ -18,7 +19,7 @@ from exitcompiler.errors import InputError
 __all__ = ["force_exit"]
 
 
-def force_exit(flow: ControlFlow, exit_name: str) -> ControlFlow:
+def force_exit(flow: ControlFlow, exit_name: str, route: Sequence[str] | None = None) -> ControlFlow:
     """The same program with gates that send every row to one exit.
 
     Gates keep their kind and shape, so the same engines run it: a linear gate gets zero weights and a
@@ -27,11 +28,13 @@ def force_exit(flow: ControlFlow, exit_name: str) -> ControlFlow:
     Args:
         flow: The program.
         exit_name: One of ``flow.exits``.
+        route: The blocks to pass, from the first one to that with the exit; None: the first ways that lead
+            there.
 
     Raises:
-        InputError: There is no such exit.
+        InputError: There is no such exit, or no such route to it.
     """
-    actions = _actions_to(flow, exit_name)
+    actions = _actions_to(flow, exit_name) if route is None else _actions_along(flow, exit_name, route)
     blocks = []
     for block in flow.blocks:
         action, terminator = actions.get(block.name), block.terminator
@@ -49,6 +52,25 @@ def _always(gate: Gate, action: int) -> Gate:
         weight=tuple(tuple(0.0 for _ in row) for row in gate.weight),
         bias=tuple(float(i == action) for i in range(gate.actions)),
     )
+
+
+def _actions_along(flow: ControlFlow, exit_name: str, route: Sequence[str]) -> dict[str, int]:
+    """The action to take in each block of a route."""
+    blocks = {block.name: block for block in flow.blocks}
+    actions: dict[str, int] = {}
+    for name, following in zip(route, (*route[1:], exit_name), strict=True):
+        ways = successors(blocks[name].terminator) if name in blocks else ()
+        names = [way.exit if isinstance(way, Return) else way.target for way in ways]
+        if following not in names:
+            raise InputError(
+                f"no way leads from block {name!r} to {following!r}",
+                where="route",
+                remedy=f"ways lead to {names}" if names else f"blocks: {', '.join(blocks)}",
+            )
+        actions[name] = names.index(following)
+    if not route or route[0] != flow.entry.name:
+        raise InputError(f"a route starts at block {flow.entry.name!r}", where="route")
+    return actions
 
 
 def _actions_to(flow: ControlFlow, exit_name: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -30,12 +31,14 @@ from exitcompiler.controlflow import (
     Edge,
     Return,
     ValueSpec,
+    successors,
 )
 from exitcompiler.errors import InputError, VerifyError
 from exitcompiler.runtime.backends import Engine, create_backend
 from exitcompiler.runtime.forcing import force_exit
 from exitcompiler.runtime.rows import BatchExecutor, EngineSource
 from exitcompiler.runtime.single_row import SingleRowExecutor
+from exitcompiler.views import block_graph
 
 
 def expect(program: TestProgram, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -126,9 +129,43 @@ def test_forced_to_an_exit_all_rows_take_it(seed: int, data: st.DataObject) -> N
         assert exits == [wanted] * 5
 
 
+@given(seed=st.integers(0, 10_000), data=st.data())
+def test_forced_along_a_route_rows_pass_its_blocks_and_no_others(seed: int, data: st.DataObject) -> None:
+    program = random_program(seed)
+    graph: nx.DiGraph[str] = nx.DiGraph(block_graph(program.flow))
+    wanted = data.draw(st.sampled_from(program.flow.exits))
+    ways = list(nx.all_simple_paths(graph, program.flow.entry.name, f"return:{wanted}"))
+    route = data.draw(st.sampled_from(ways))[:-1]
+    flow = force_exit(program.flow, wanted, route)
+    block, passed = flow.entry, []
+    while True:
+        passed.append(block.name)
+        terminator = block.terminator
+        way = successors(terminator)[0]
+        if isinstance(terminator, Branch):
+            gate = terminator.gate
+            constant = isinstance(gate, ConstantGate)
+            action = gate.action if constant else gate.bias.index(max(gate.bias))  # type: ignore[union-attr]
+            way = terminator.edges[action]
+        if isinstance(way, Return):
+            break
+        block = flow.block(way.target)
+    assert passed == route
+    for run in (run_batch, run_singly):
+        assert run(flow, program.engine, random_rows(5))[1] == [wanted] * 5
+
+
 def test_forcing_an_unknown_exit() -> None:
     with pytest.raises(InputError, match="no exit 'nowhere'"):
         force_exit(chain().flow, "nowhere")
+
+
+def test_forcing_a_route_that_is_none() -> None:
+    flow = chain().flow
+    with pytest.raises(InputError, match="no way leads from block"):
+        force_exit(flow, flow.exits[0], [flow.entry.name, "nowhere"])
+    with pytest.raises(InputError, match="a route starts at block"):
+        force_exit(flow, flow.exits[-1], [flow.blocks[-1].name])
 
 
 def test_constant_gates_need_no_engine_output() -> None:
