@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +11,17 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["draw"]
+__all__ = [
+    "INK",
+    "ORACLE",
+    "PROGRAM",
+    "STATIC",
+    "THRESHOLD",
+    "draw",
+    "draw_program",
+    "draw_static",
+    "picture",
+]
 
 INK: Final = "#24292f"
 PROGRAM: Final = "#c2410c"
@@ -34,16 +45,31 @@ def draw(
         png: Write the same there, to look at.
     """
     whole = next(row for row in rows if row["kind"] == "plain")
+    with picture("ResNet-56 on CIFAR-10, ONNX Runtime fp32", whole["mean_ms"], path, png) as axes:
+        _draw_gates(axes, gates, whole["mean_ms"])
+        draw_program(axes, [row for row in rows if row["kind"] == "program"])
+        draw_static(axes, [row for row in rows if row["kind"] != "program"])
+
+
+@contextmanager
+def picture(title: str, whole_ms: float, path: Path, png: Path | None) -> Iterator[Axes]:
+    """Axes of accuracy over mean latency; written when left.
+
+    Args:
+        title: Above them.
+        whole_ms: The whole network's mean latency.
+        path: The SVG file.
+        png: Write the same there, to look at.
+    """
     with mpl.rc_context({"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "path"}):
         figure = Figure(figsize=(7.6, 5.2), layout="constrained", facecolor="white")
         axes = figure.add_subplot()
-        _draw_gates(axes, gates, whole["mean_ms"])
-        _draw_program(axes, [row for row in rows if row["kind"] == "program"])
-        _draw_static(axes, [row for row in rows if row["kind"] != "program"])
-        axes.set_xlim(0.0, whole["mean_ms"] * 1.12)
+        yield axes
+        axes.set_xlim(0.0, whole_ms * 1.12)
+        axes.margins(y=0.08)  # room for names
         axes.set_xlabel("mean latency of one image, ms (one thread)")
         axes.set_ylabel("top-1 accuracy on the final rows, %")
-        axes.set_title("ResNet-56 on CIFAR-10, ONNX Runtime fp32", color=INK, loc="left")
+        axes.set_title(title, color=INK, loc="left")
         axes.grid(color="#d0d7de", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -72,24 +98,33 @@ def _draw_gates(axes: Axes, gates: Mapping[str, Any], whole_ms: float) -> None:
     )  # fmt: skip
 
 
-def _draw_program(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+def draw_program(
+    axes: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    name: str = "exitcompiler",
+    color: str = PROGRAM,
+    *,
+    joined: bool = True,
+) -> None:
+    """Shipped points, as they were timed; the one that was asked for in a ring."""
     ordered = sorted(rows, key=lambda row: float(row["mean_ms"]))
     if not ordered:
         return
     axes.plot(
         [row["mean_ms"] for row in ordered], [100 * row["accuracy"] for row in ordered],
-        color=PROGRAM, marker="o", linewidth=1.6, label="exitcompiler, shipped points",
+        color=color, marker="o", linewidth=1.6 if joined else 0.0, label=f"{name}, shipped points",
     )  # fmt: skip
     for row in ordered:
         if row["chosen"]:
             axes.plot(
                 row["mean_ms"], 100 * row["accuracy"],
-                marker="o", markersize=12, markerfacecolor="none", markeredgecolor=PROGRAM, linestyle="",
-                label="the point that was asked for",
+                marker="o", markersize=12, markerfacecolor="none", markeredgecolor=color, linestyle="",
+                label="the point that was asked for" if color == PROGRAM else None,
             )  # fmt: skip
 
 
-def _draw_static(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+def draw_static(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Networks without exits, as they were timed, by name."""
     labelled = False
     for row in rows:
         x, y = row["mean_ms"], 100 * row["accuracy"]

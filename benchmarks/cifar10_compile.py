@@ -1,18 +1,20 @@
-"""Compiles ResNet-56, and says how long each step took."""
+"""Compiles ResNet-56, or a cascade, and says how long each step took."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from cifar import AugmentedImages, load_resnet
 from cifar10_setup import SEED, THREADS, Job
 
+from exitcompiler.cascade import CascadeOptions, cascade_in_detail
 from exitcompiler.compiler import Details, compile_in_detail
 from exitcompiler.settings import Settings
 from exitcompiler.training import HeadRecipe
 
-__all__ = ["compile_resnet56", "settings_of"]
+__all__ = ["compile_cascade", "compile_resnet56", "settings_of"]
 
 
 def settings_of(job: Job, backend: str = "onnxruntime", precision: str = "fp32") -> Settings:
@@ -39,13 +41,43 @@ def compile_resnet56(job: Job, *, with_training_images: bool) -> tuple[Details, 
         What the compiler made, and figures: seconds in all and by step, what was kept or refused.
     """
     model = load_resnet(job.weights, 56)
-    images = None
-    if with_training_images:
-        images = AugmentedImages(job.split.train_pixels, job.split.train_labels, seed=SEED)
+    images = _training_images(job) if with_training_images else None
     started = time.monotonic()
     details = compile_in_detail(model, (job.split.x, job.split.y), images, settings_of(job))
-    figures = {
-        "seconds": time.monotonic() - started,
+    return details, _figures(details, time.monotonic() - started)
+
+
+def compile_cascade(job: Job, *, early_exits: bool) -> tuple[Details, dict[str, Any]]:
+    """Compile a cascade of the ResNets for ONNX Runtime fp32, one thread, batch 1, every forward edge.
+
+    Args:
+        job: Development rows calibrate.
+        early_exits: With exits inside the networks, on augmented training images.
+
+    Returns:
+        As ``compile_resnet56``.
+    """
+    depths = job.effort.networks
+    models = [load_resnet(job.weights, depth) for depth in depths]
+    options = CascadeOptions(names=[f"resnet{depth}" for depth in depths], early_exits=early_exits)
+    settings = replace(
+        settings_of(job),
+        max_accuracy_drop=job.effort.cascade_drop,
+        max_exits=1,  # as ``exitcompiler.cascade`` has it
+    )
+    images = _training_images(job) if early_exits else None
+    started = time.monotonic()
+    details = cascade_in_detail(models, (job.split.x, job.split.y), images, settings, options)
+    return details, _figures(details, time.monotonic() - started)
+
+
+def _training_images(job: Job) -> AugmentedImages:
+    return AugmentedImages(job.split.train_pixels, job.split.train_labels, seed=SEED)
+
+
+def _figures(details: Details, seconds: float) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
         "steps_seconds": details.compiled.artifact.report["seconds"],
         "exits": list(details.compiled.exits),
         "points": [point.name for point in details.compiled.operating_points],
@@ -53,4 +85,3 @@ def compile_resnet56(job: Job, *, with_training_images: bool) -> tuple[Details, 
         "execution": details.compiled.execution,
         "notes": list(details.compiled.notes),
     }
-    return details, figures

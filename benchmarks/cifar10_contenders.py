@@ -29,10 +29,20 @@ from exitcompiler.runtime.loading import open_artifact
 from exitcompiler.runtime.manifest import Artifact, Execution, block_path
 from exitcompiler.runtime.timing import measure_interleaved
 
-__all__ = ["PLAIN", "Contender", "answers", "contenders_of", "static_artifacts"]
+__all__ = [
+    "BACKENDS",
+    "INT8",
+    "PLAIN",
+    "Contender",
+    "answers",
+    "contenders_of",
+    "open_static",
+    "static_artifacts",
+]
 
 logger = logging.getLogger("cifar10")
 
+BACKENDS: Final = ("onnxruntime", "openvino")
 PLAIN: Final = "ResNet-56"
 STATIC_DEPTHS: Final = (44, 32, 20)
 CALIBRATION_ROWS: Final = 512
@@ -53,6 +63,7 @@ class Contender:
         engine: Backend and precision.
         model: What is called.
         chosen: It is the operating point that the compiler was asked for.
+        series: What it is an operating point of; empty where it is none.
     """
 
     name: str
@@ -60,6 +71,7 @@ class Contender:
     engine: str
     model: CompiledModel
     chosen: bool = False
+    series: str = ""
 
 
 def static_artifacts(job: Job) -> dict[str, Artifact]:
@@ -70,28 +82,31 @@ def static_artifacts(job: Job) -> dict[str, Artifact]:
 
 
 def contenders_of(
-    job: Job, compiled: CompiledModel, statics: Mapping[str, Artifact], backend: str
+    job: Job, programs: Mapping[str, CompiledModel], statics: Mapping[str, Artifact], backend: str
 ) -> list[Contender]:
     """Everything that is compared on one backend; the whole ResNet-56 first.
 
     Args:
         job: Development rows.
-        compiled: Compiled for ONNX Runtime; the same artifact is opened on ``backend``.
+        programs: What was compiled for ONNX Runtime, by name; the same artifacts are opened on ``backend``.
         statics: What ``static_artifacts`` made.
         backend: "onnxruntime" or "openvino".
     """
-    program = compiled if backend == compiled.backend.name else _reopen(compiled, backend, job)
     engine = f"{_TITLES[backend]} fp32"
-    found = [Contender(PLAIN, "plain", engine, program.plain)]
-    plain_name = program.plain.operating_point.name
-    for point in program.operating_points:
-        if point.name != plain_name:
-            model, chosen = program.select(name=point.name), point.name == program.operating_point.name
-            found.append(Contender(f"program, {point.name}", "program", engine, model, chosen))
+    found: list[Contender] = []
+    for series, compiled in programs.items():
+        program = compiled if backend == compiled.backend.name else _reopen(compiled, backend, job)
+        plain_name = program.plain.operating_point.name
+        if not found:
+            found.append(Contender(PLAIN, "plain", engine, program.plain))
+        for point in program.operating_points:
+            if point.name != plain_name:
+                model, chosen = program.select(name=point.name), point.name == program.operating_point.name
+                found.append(Contender(f"{series}, {point.name}", "program", engine, model, chosen, series))
     for depth in STATIC_DEPTHS:
         name = f"ResNet-{depth}"
-        found.append(Contender(name, "static", engine, _open(statics[name], backend)))
-    found.append(Contender(INT8, "int8", f"{_TITLES[backend]} int8", _open(statics[INT8], backend)))
+        found.append(Contender(name, "static", engine, open_static(statics[name], backend)))
+    found.append(Contender(INT8, "int8", f"{_TITLES[backend]} int8", open_static(statics[INT8], backend)))
     try:
         reduced = open_artifact(statics[PLAIN], "openvino", threads=THREADS, precision="bf16")
         found.append(Contender("ResNet-56 bf16", "bf16", "OpenVINO bf16", reduced))
@@ -100,7 +115,8 @@ def contenders_of(
     return found
 
 
-def _open(artifact: Artifact, backend: str) -> CompiledModel:
+def open_static(artifact: Artifact, backend: str) -> CompiledModel:
+    """A network without exits, on a backend."""
     return open_artifact(artifact, backend, threads=THREADS)
 
 

@@ -20,7 +20,16 @@ from exitcompiler.runtime.single_row import aligned_empty
 from exitcompiler.runtime.timing import measure_interleaved
 from exitcompiler.statistics import mean_difference_interval, ratio_interval
 
-__all__ = ["against_ideal", "dominating", "final_figure", "prefix_block", "table"]
+__all__ = [
+    "WARMUP",
+    "against_ideal",
+    "bound_call",
+    "dominating",
+    "final_figure",
+    "in_turns",
+    "prefix_block",
+    "table",
+]
 
 WARMUP = 20
 
@@ -55,6 +64,7 @@ def table(job: Job, contenders: Sequence[Contender]) -> list[dict[str, Any]]:
                 "exits": list(contender.model.exits),
                 "execution": contender.model.execution,
                 "chosen": contender.chosen,
+                "series": contender.series,
             }
         )
     statics = [row for row in rows if row["kind"] not in ("program", "plain")]
@@ -75,17 +85,14 @@ def dominating(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> l
 def final_figure(job: Job, program: CompiledModel) -> dict[str, Any]:
     """The drop on all final rows and the speed-up on many of them, program and plain taking turns."""
     x, y = job.split.final_x, job.split.final_y
-    plain = program.plain
-    timed = [(row[None],) for row in job.draw(job.effort.headline_rows, SEED + 1)]
-    times_us = measure_interleaved(
-        {"program": program, "plain": plain}, timed, repeats=len(timed), warmup=WARMUP, seed=SEED
-    )
+    times_us = in_turns(job, {"program": program, "plain": program.plain})
     classes, exits = answers(program, x)
-    whole, _ = answers(plain, x)
+    whole, _ = answers(program.plain, x)
     return {
         "backend": program.backend.name,
         "execution": program.execution,
-        "timed_rows": len(timed),
+        "point": program.operating_point.name,
+        "timed_rows": len(times_us["plain"]),
         "drop": asdict(_drop(whole == y, classes == y)),
         "accuracy": float((classes == y).mean()),
         "backbone_accuracy": float((whole == y).mean()),
@@ -95,6 +102,12 @@ def final_figure(job: Job, program: CompiledModel) -> dict[str, Any]:
         "program_ms": _summary_ms(times_us["program"]),
         "plain_ms": _summary_ms(times_us["plain"]),
     }
+
+
+def in_turns(job: Job, calls: Mapping[str, Callable[..., object]]) -> dict[str, Array]:
+    """Microseconds of several callables that take turns on the rows of the final figure, one by one."""
+    timed = [(row[None],) for row in job.draw(job.effort.headline_rows, SEED + 1)]
+    return measure_interleaved(calls, timed, repeats=len(timed), warmup=WARMUP, seed=SEED)
 
 
 def against_ideal(job: Job, details: Details, program: CompiledModel, batch: int) -> dict[str, Any]:
@@ -118,7 +131,7 @@ def against_ideal(job: Job, details: Details, program: CompiledModel, batch: int
     source = chosen_program(details)
     prefixes = {name: prefix_block(source, name) for name in source.exits}
     calls: dict[str, Callable[..., object]] = {"program": program}
-    calls |= {name: _bound(block, details.engines, batch) for name, block in prefixes.items()}
+    calls |= {name: bound_call(block, details.engines, batch) for name, block in prefixes.items()}
     times_us = measure_interleaved(calls, inputs, repeats=repeats, warmup=max(3, WARMUP // batch), seed=SEED)
     taken = np.stack([np.asarray(program.run(*args).exit_index) for args in inputs])
     shares = np.stack([(taken == i).mean(axis=1) for i in range(len(source.exits))])  # [exits, calls]
@@ -175,7 +188,7 @@ def prefix_block(program: Program, exit_name: str) -> Block:
     )
 
 
-def _bound(block: Block, engines: Engines, batch: int) -> Callable[[Array], object]:
+def bound_call(block: Block, engines: Engines, batch: int) -> Callable[[Array], object]:
     """A call that copies rows in and runs the block's engine on buffers bound once."""
     engines.load([block], batch)
     signature = engine_signature(block)

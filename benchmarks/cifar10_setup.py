@@ -1,13 +1,14 @@
-"""How much the CIFAR-10 benchmark does, what it works on, and where its figures go."""
+"""How much the CIFAR-10 benchmarks do, what they work on, and where their figures go."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -15,7 +16,18 @@ import numpy as np
 import numpy.typing as npt
 from cifar import Split, load_split
 
-__all__ = ["FULL", "QUICK", "SEED", "THREADS", "Array", "Effort", "Figures", "Job", "open_job"]
+__all__ = [
+    "FULL",
+    "QUICK",
+    "SEED",
+    "THREADS",
+    "Array",
+    "Effort",
+    "Figures",
+    "Job",
+    "begin",
+    "open_job",
+]
 
 logger = logging.getLogger("cifar10")
 
@@ -40,9 +52,13 @@ class Effort:
         batches: Timed batches of 32 and of 64.
         resplits: Random re-splits of the test rows.
         sweep_steps: Trade-offs of each re-split's sweep.
+        networks: Depths of the cascade's networks.
+        part_steps: Trade-offs where much is learned: in every sub-topology of a cascade, and in the re-splits
+            of one with exits inside.
         starts: Fresh processes that load the artifact.
         earlyon_epochs: Of earlyon's heads.
         max_drop: The accuracy drop that the compiler is asked to keep.
+        cascade_drop: The same for cascades.
     """
 
     train_images: int = 30_000
@@ -54,9 +70,12 @@ class Effort:
     batches: int = 100
     resplits: int = 20
     sweep_steps: int = 20
+    networks: tuple[int, ...] = (20, 32, 44, 56)
+    part_steps: int = 10
     starts: int = 5
     earlyon_epochs: int = 3
     max_drop: float = 0.01
+    cascade_drop: float = 0.01
 
 
 FULL: Final = Effort()
@@ -70,6 +89,8 @@ QUICK: Final = Effort(
     batches=4,
     resplits=2,
     sweep_steps=6,
+    networks=(20, 32, 56),
+    part_steps=3,
     starts=1,
     earlyon_epochs=1,
     max_drop=0.05,  # so that heads of this little training are of some use
@@ -164,3 +185,28 @@ def plain(value: object) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} is not plain data")
+
+
+def begin(description: str, out: Path) -> tuple[Job, Figures, bool]:
+    """Read the command line and the data: what a benchmark works on.
+
+    Args:
+        description: What it does; the first line is shown by ``--help``.
+        out: Where artifacts and figures go by default.
+
+    Returns:
+        The job, where its figures go, and whether it is a quick run, which only checks the script.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with cifar10_{train,test}.npz")
+    parser.add_argument(
+        "--weights", type=Path, required=True, help="folder with resnet{20,32,44,56}.safetensors"
+    )
+    parser.add_argument("--out", type=Path, default=out, help="folder for what is made")
+    parser.add_argument("--quick", action="store_true", help="few rows and epochs: checks the script itself")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
+    effort = QUICK if arguments.quick else FULL
+    job = open_job(arguments.data, arguments.weights, arguments.out, effort)
+    return job, Figures(job.out / "figures.json", {"effort": asdict(effort)}, {}), arguments.quick

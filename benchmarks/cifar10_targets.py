@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["Target", "targets", "verdict"]
+from cifar10_format import interval
+
+__all__ = ["AREA_BARS", "Target", "area_target", "target_lines", "targets", "verdict"]
+
+AREA_BARS: Final = ("95 % interval not wholly below 0", "wholly above")
+_OUTCOMES: Final = {
+    "aim": "aim reached",
+    "must": "must reached",
+    "miss": "**missed**",
+    "reported": "reported",
+}
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,7 @@ class Target:
         must: As text.
         aim: As text.
         measured: As text.
-        outcome: "aim", "must" or "miss".
+        outcome: "aim", "must", "miss", or, where nothing has to be reached, "reported".
     """
 
     what: str
@@ -41,6 +51,14 @@ def verdict(value: float, must: float, aim: float | None, *, at_least: bool) -> 
     if aim is not None and sign * value >= sign * aim:
         return "aim"
     return "must" if sign * value >= sign * must else "miss"
+
+
+def target_lines(found: Iterable[Target]) -> list[str]:
+    """The table of targets, line by line."""
+    lines = ["### Targets", "", "| | must | aim | measured | |", "|---|---|---|---|---|"]
+    return lines + [
+        f"| {t.what} | {t.must} | {t.aim} | {t.measured} | {_OUTCOMES[t.outcome]} |" for t in found
+    ]
 
 
 def targets(figures: Mapping[str, Any]) -> list[Target]:
@@ -76,27 +94,36 @@ def _speedup(figures: Mapping[str, Any]) -> Target:
 def _latency(ideal: Mapping[str, Any]) -> Target:
     ratio = ideal["latency_ratio"]
     outcome = verdict(ratio["value"], 1.10, 1.03, at_least=False)
-    return Target("mean latency / ideal, batch 1", "<= 1.10", "<= 1.03", _interval(ratio, 3), outcome)
+    return Target("mean latency / ideal, batch 1", "<= 1.10", "<= 1.03", interval(ratio, 3), outcome)
 
 
 def _throughput(ideal: Mapping[str, Any]) -> Target:
     ratio = ideal["throughput_ratio"]
     outcome = verdict(ratio["value"], 0.90, 0.95, at_least=True)
     what = f"throughput / ideal, batch {ideal['batch']}"
-    return Target(what, ">= 0.90", ">= 0.95", _interval(ratio, 3), outcome)
+    return Target(what, ">= 0.90", ">= 0.95", interval(ratio, 3), outcome)
 
 
 def _area(gates: Mapping[str, Any]) -> Target:
     best = gates.get("best_threshold")
     what = "area under the frontier, best threshold baseline minus learned gates"
-    bars = ("95 % interval not wholly below 0", "wholly above")
     if best is None:
-        return Target(what, *bars, "no exits", "miss")
-    interval = gates["area_differences_us"][best]  # learned minus baseline: the other way round
-    value, lower, upper = (0.0 - interval[key] for key in ("value", "upper", "lower"))
+        return Target(what, *AREA_BARS, "no exits", "miss")
+    return area_target(what, gates["area_differences_us"][best], best.replace("_", " "))
+
+
+def area_target(what: str, difference: Mapping[str, float], baseline: str) -> Target:
+    """A line about areas under frontiers.
+
+    Args:
+        what: The figure: the baseline's area minus ours.
+        difference: Ours minus the baseline's, in microseconds.
+        baseline: Its name.
+    """
+    value, lower, upper = (0.0 - difference[key] for key in ("value", "upper", "lower"))
     outcome = "aim" if lower > 0 else ("must" if upper >= 0 else "miss")
-    text = f"{value:.1f} us ({lower:.1f} to {upper:.1f}) against {best.replace('_', ' ')}"
-    return Target(what, *bars, text, outcome)
+    text = f"{value:.1f} us ({lower:.1f} to {upper:.1f}) against {baseline}"
+    return Target(what, *AREA_BARS, text, outcome)
 
 
 def _start(start: Mapping[str, Any]) -> Target:
@@ -120,8 +147,3 @@ def _compile(which: str, figures: Mapping[str, Any], must: float, aim: float) ->
     outcome = verdict(figures["seconds"], must, aim, at_least=False)
     bars = (f"<= {must / 60:.0f} min", f"<= {aim:.0f} s" if aim <= 60 else f"<= {aim / 60:.0f} min")
     return Target(f"compile, 5,000 calibration rows, {which}", *bars, f"{figures['seconds']:.0f} s", outcome)
-
-
-def _interval(figure: Mapping[str, float], digits: int) -> str:
-    value, lower, upper = (f"{figure[key]:.{digits}f}" for key in ("value", "lower", "upper"))
-    return f"{value} ({lower} to {upper})"

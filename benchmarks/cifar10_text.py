@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
+from cifar10_format import (
+    ENGINES,
+    contender_lines,
+    contender_notes,
+    interval,
+    points,
+    ratio,
+    resplit_lines,
+    step_lines,
+    surroundings_text,
+)
 from cifar10_frontiers import LIMITS
-from cifar10_targets import targets
+from cifar10_targets import target_lines, targets
 
-__all__ = ["section", "with_section"]
-
-_ENGINES: Final = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-_OUTCOMES: Final = {"aim": "aim reached", "must": "must reached", "miss": "**missed**"}
-
-
-def with_section(text: str, name: str, body: str) -> str:
-    """A page with what stands between two markers replaced, or put at its end.
-
-    Args:
-        text: The page.
-        name: Of the markers ``<!-- name -->`` and ``<!-- /name -->``.
-        body: What shall stand between them.
-    """
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    block = f"{start}\n{body.strip()}\n{end}"
-    if start in text and end in text:
-        before, rest = text.split(start, 1)
-        return before + block + rest.split(end, 1)[1]
-    return f"{text.rstrip()}\n\n{block}\n".lstrip()
+__all__ = ["section"]
 
 
 def section(figures: Mapping[str, Any], picture: str) -> str:
@@ -40,7 +32,7 @@ def section(figures: Mapping[str, Any], picture: str) -> str:
     parts = [
         "## ResNet-56 on CIFAR-10",
         _environment(figures),
-        _targets(figures),
+        "\n".join(target_lines(targets(figures))),
         _final(figures),
         f"![Accuracy over mean latency]({picture})",
         "",
@@ -58,26 +50,12 @@ def section(figures: Mapping[str, Any], picture: str) -> str:
 
 
 def _environment(figures: Mapping[str, Any]) -> str:
-    env, effort = figures["environment"], figures["effort"]
-    versions = ", ".join(
-        f"{name} {env[name]}" for name in ("torch", "onnxruntime", "openvino", "numpy") if name in env
+    effort = figures["effort"]
+    return surroundings_text(
+        figures,
+        f"Heads are fitted on {effort['train_images']:,} augmented training images, gates learned on "
+        f"{effort['calibration_rows']:,} test images (rows from 0 on).",
     )
-    return (
-        f"Measured on {env['date']} on {env['processor']} ({env['cpus']} CPUs), {env['system']}, "
-        f"Python {env['python']}, {versions}. Engines use 1 thread and batch 1 unless said otherwise. Heads "
-        f"are fitted on {effort['train_images']:,} augmented training images, gates learned on "
-        f"{effort['calibration_rows']:,} test images (rows from 0 on), and every figure below is from the "
-        f"{effort['final_rows']:,} test images from row 5000 on, except the random re-splits. "
-        "Intervals are 95 %, paired bootstrap."
-    )
-
-
-def _targets(figures: Mapping[str, Any]) -> str:
-    lines = ["### Targets", "", "| | must | aim | measured | |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {t.what} | {t.must} | {t.aim} | {t.measured} | {_OUTCOMES[t.outcome]} |" for t in targets(figures)
-    ]
-    return "\n".join(lines)
 
 
 def _final(figures: Mapping[str, Any]) -> str:
@@ -88,41 +66,21 @@ def _final(figures: Mapping[str, Any]) -> str:
     for backend, final in figures["final"].items():
         rates = ", ".join(f"{100 * rate:.0f} % at {name}" for name, rate in final["exit_rates"].items())
         lines.append(
-            f"{_ENGINES[backend]}: **{_ratio(final['speedup'])}** on {final['timed_rows']:,} final rows, "
+            f"{ENGINES[backend]}: **{ratio(final['speedup'])}** on {final['timed_rows']:,} final rows, "
             f"program and plain network taking turns (mean {final['program_ms']['mean']:.3f} against "
             f"{final['plain_ms']['mean']:.3f} ms, median {final['program_ms']['median']:.3f} against "
             f"{final['plain_ms']['median']:.3f} ms), at {100 * final['accuracy']:.2f} % against "
-            f"{100 * final['backbone_accuracy']:.2f} %: a drop of {_points(final['drop'])}. "
+            f"{100 * final['backbone_accuracy']:.2f} %: a drop of {points(final['drop'])}. "
             f"Rows leave: {rates}."
         )
     return "\n\n".join(lines)
 
 
 def _table(figures: Mapping[str, Any], backend: str) -> str:
-    rows = figures["table"][backend]
-    lines = [
-        f"### {_ENGINES[backend]}",
-        "",
-        f"All on the same {figures['effort']['timed_rows']:,} images, taking turns in one run; accuracy on "
-        "all final rows; ratios against the plain ResNet-56 of this table.",
-        "",
-        "| | engine | top-1 % | drop, points | mean ms | median ms | speed-up (mean) | (median) | |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        marks = ["**the point asked for**"] if row["chosen"] else []
-        marks += [f"dominated by {', '.join(row['dominated_by'])}"] if row["dominated_by"] else []
-        lines.append(
-            f"| {row['name']} | {row['engine']} | {100 * row['accuracy']:.2f} | {_points(row['drop'], '')} "
-            f"| {row['mean_ms']:.3f} | {row['median_ms']:.3f} | {_ratio(row['speedup'])} "
-            f"| {row['median_speedup']:.2f}x | {'; '.join(marks)} |"
-        )
+    lines = contender_lines(figures, backend)
     if backend == "onnxruntime":
         lines += _earlyon(figures["earlyon"])
-    if any(row["kind"] == "bf16" for row in rows) and backend != "openvino":
-        lines += ["", "bf16 is OpenVINO's: ONNX Runtime has none on a CPU."]
-    lines += ["", '"Dominated": a network without exits is both faster in the mean and at least as accurate.']
-    return "\n".join(lines)
+    return "\n".join(lines + contender_notes(figures, backend))
 
 
 def _earlyon(figures: Mapping[str, Any]) -> list[str]:
@@ -136,7 +94,7 @@ def _earlyon(figures: Mapping[str, Any]) -> list[str]:
     )
     return [
         f"{name} | {100 * figures['accuracy']:.2f} | {100 * figures['drop']:.2f} | {figures['mean_ms']:.3f} "
-        f"| {figures['median_ms']:.3f} | {_ratio(figures['speedup'])} | {figures['median_speedup']:.2f}x "
+        f"| {figures['median_ms']:.3f} | {ratio(figures['speedup'])} | {figures['median_speedup']:.2f}x "
         f"| {note} |"
     ]
 
@@ -163,7 +121,7 @@ def _gates(gates: Mapping[str, Any]) -> str:
     for name, family in gates["families"].items():
         cells = [f"{100 * family['drop'][i]:.2f}, {family['speedup'][i]:.2f}x" for i in shown]
         difference = gates["area_differences_us"].get(name)
-        last = "" if difference is None else _interval(difference, 1)
+        last = "" if difference is None else interval(difference, 1)
         best = " (best threshold baseline)" if name == gates["best_threshold"] else ""
         title = f"{name.replace('_', ' ')}{best}"
         lines.append(f"| {title} | {' | '.join(cells)} | {family['area_us']:.1f} | {last} |")
@@ -176,26 +134,10 @@ def _gates(gates: Mapping[str, Any]) -> str:
 def _resplits(resplits: Mapping[str, Any]) -> str:
     if not resplits:
         return ""
-    lines = [
-        f"### {resplits['resplits']} random re-splits of the test rows",
-        "",
-        f"Gates learned on {resplits['rows']:,} random rows for a drop of at most "
-        f"{100 * resplits['limit']:.1f} point, judged on the others; heads saw none of them; times "
-        "are measured block times, and gates are learned once, without the rounds of building and "
-        "relearning.",
-        "",
-        "| | drop, points: mean ± sd (range) | speed-up: mean ± sd (range) |",
-        "|---|---|---|",
-    ]
-    for name in ("learned", "max_probability"):
-        f = resplits[name]
-        drops, speedups = f["drop_range"], f["speedup_range"]
-        lines.append(
-            f"| {name.replace('_', ' ')} | {100 * f['drop_mean']:.2f} ± {100 * f['drop_sd']:.2f} "
-            f"({100 * drops[0]:.2f} to {100 * drops[1]:.2f}) "
-            f"| {f['speedup_mean']:.2f} ± {f['speedup_sd']:.2f} ({speedups[0]:.2f} to {speedups[1]:.2f}) |"
-        )
-    return "\n".join(lines)
+    limit = f"limit {100 * resplits['limit']:.1f} points"
+    names = ("learned", "max_probability")
+    rows = {f"{name.replace('_', ' ')}, {limit}": resplits[name] for name in names}
+    return "\n".join(resplit_lines(resplits, rows))
 
 
 def _ideal(ideal: Mapping[str, Any]) -> str:
@@ -209,7 +151,7 @@ def _ideal(ideal: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {f['batch']} | {f['program_ms']:.3f} | {f['ideal_ms']:.3f} | {_interval(f['latency_ratio'], 3)} "
+        f"| {f['batch']} | {f['program_ms']:.3f} | {f['ideal_ms']:.3f} | {interval(f['latency_ratio'], 3)} "
         f"| {f['rows_per_second']:,.0f} |"
         for f in ideal.values()
     ]
@@ -217,20 +159,11 @@ def _ideal(ideal: Mapping[str, Any]) -> str:
 
 
 def _compile_times(figures: Mapping[str, Any]) -> str:
-    ways = ("compile without training images", "compile with training images")
-    names: Sequence[str] = tuple(
-        dict.fromkeys(name for way in ways for name in figures[way]["steps_seconds"])
-    )
-    lines = [
-        "### Where compile time goes",
-        "",
-        "| seconds | heads on calibration rows | heads on training images |",
-        "|---|---|---|",
-    ]
-    for name in names:
-        cells = [figures[way]["steps_seconds"].get(name) for way in ways]
-        lines.append(f"| {name} | " + " | ".join("" if c is None else f"{c:.1f}" for c in cells) + " |")
-    lines.append("| in all | " + " | ".join(f"{figures[way]['seconds']:.1f}" for way in ways) + " |")
+    stages = {
+        "heads on calibration rows": figures["compile without training images"],
+        "heads on training images": figures["compile with training images"],
+    }
+    lines = ["### Where compile time goes", "", *step_lines(stages)]
     start = figures["start"]
     lines += [
         "",
@@ -238,17 +171,3 @@ def _compile_times(figures: Mapping[str, Any]) -> str:
         f"import, {start['process_seconds']:.2f} s with the start of Python (median of {start['starts']}).",
     ]
     return "\n".join(lines)
-
-
-def _ratio(figure: Mapping[str, float]) -> str:
-    return f"{figure['value']:.2f}x ({figure['lower']:.2f} to {figure['upper']:.2f})"
-
-
-def _points(figure: Mapping[str, float], unit: str = " points") -> str:
-    value, lower, upper = (f"{100 * figure[key]:.2f}" for key in ("value", "lower", "upper"))
-    return f"{value}{unit} ({lower} to {upper})"
-
-
-def _interval(figure: Mapping[str, float], digits: int) -> str:
-    value, lower, upper = (f"{figure[key]:.{digits}f}" for key in ("value", "lower", "upper"))
-    return f"{value} ({lower} to {upper})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,14 +10,6 @@ import numpy as np
 import programs
 import pytest
 import torch
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module(request.param)
 
 
 def using(name: str) -> pytest.MarkDecorator:
@@ -44,13 +35,13 @@ def test_a_verdict_names_the_highest_bar_that_is_cleared(
     assert module.verdict(value, must, aim, at_least=at_least) == expected
 
 
-@using("cifar10_text")
+@using("cifar10_format")
 def test_only_what_stands_between_the_markers_is_replaced(module: ModuleType) -> None:
     page = "# Page\n\n<!-- a -->\nold\n<!-- /a -->\n\nrest\n"
     assert module.with_section(page, "a", "new\n") == "# Page\n\n<!-- a -->\nnew\n<!-- /a -->\n\nrest\n"
 
 
-@using("cifar10_text")
+@using("cifar10_format")
 def test_a_page_without_markers_gets_them_at_its_end(module: ModuleType) -> None:
     page = module.with_section("# Page\n", "a", "new")
     assert page == "# Page\n\n<!-- a -->\nnew\n<!-- /a -->\n"

@@ -1,0 +1,100 @@
+"""What a cascade makes of its networks on final rows, and how far that holds on other splits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cifar10_frontiers import halves, in_processes, spread
+from cifar10_setup import Job
+
+from exitcompiler.cascade_findings import network_shares
+from exitcompiler.compiler import Details
+from exitcompiler.costs import CostModel
+from exitcompiler.evaluation import evaluate
+from exitcompiler.frontier import sweep
+from exitcompiler.gates import RECIPES, Recipe
+from exitcompiler.packaging import point_name
+from exitcompiler.scores import ScoreTable
+from exitcompiler.selection import Built, fit_within
+
+__all__ = ["resplit_cascade", "shares"]
+
+
+def shares(details: Details, judge: ScoreTable) -> list[dict[str, Any]]:
+    """Rows run, rows answered and time per network: at the fastest point, the chosen, the most accurate.
+
+    Args:
+        details: Of a cascade.
+        judge: Scores on the final rows.
+    """
+    assert details.costs is not None
+    assert details.selection is not None
+    costs, chosen = details.costs, details.selection.chosen
+    built: Sequence[Built] = sorted((chosen, *details.selection.shipped), key=lambda b: b.mean_us)
+    found = []
+    for place in sorted({0, list(built).index(chosen), len(built) - 1}):
+        point = built[place].point
+        found.append(
+            {
+                "point": point_name(point.accuracy_drop),
+                "chosen": built[place] is chosen,
+                "accuracy_drop": evaluate(point.policy, judge, costs).accuracy_drop,
+                "networks": network_shares(point.policy, judge, costs),
+            }
+        )
+    return found
+
+
+def resplit_cascade(job: Job, details: Details, table: ScoreTable, *, fully: bool) -> dict[str, Any]:
+    """Learn on a random half of the test rows, judge on the other half; many times, for two limits.
+
+    Times are the measured costs of networks and heads; gates are learned once, without the rounds of
+    building and relearning.
+
+    Args:
+        job: How many re-splits, how fine a sweep, and the limit; the other one is 0.
+        details: Of the cascade; only its measured times count, and where not ``fully`` its recipe.
+        table: Scores on all test rows.
+        fully: Try all recipes at many trade-offs, as the compiler does; else the one that came out on the
+            development rows, at fewer.
+    """
+    assert details.costs is not None
+    assert details.selection is not None
+    recipes = RECIPES if fully else (details.selection.frontier.recipe,)
+    steps = job.effort.sweep_steps if fully else job.effort.part_steps
+    limit = job.effort.cascade_drop
+    tasks = [_Task(table, details.costs, seed, limit, recipes, steps) for seed in range(job.effort.resplits)]
+    results = in_processes(_resplit, tasks, os.cpu_count() or 1)
+    return {
+        "resplits": len(results),
+        "limit": limit,
+        "steps": steps,
+        "recipes": [str(recipe) for recipe in recipes],
+        "rows": table.rows // 2,
+        "limits": spread(results),
+    }
+
+
+@dataclass(frozen=True)
+class _Task:
+    table: ScoreTable
+    costs: CostModel
+    seed: int
+    limit: float
+    recipes: tuple[Recipe, ...]
+    steps: int
+
+
+def _resplit(task: _Task) -> dict[str, dict[str, float]]:
+    costs = task.costs
+    learn, judge = halves(task.table, task.seed)
+    frontier = sweep(learn, costs, recipes=task.recipes, steps=task.steps, seed=task.seed)
+    found = {}
+    for name, limit in (("asked", task.limit), ("not_lower", 0.0)):
+        point = fit_within(frontier, limit)  # as the compiler does
+        result = evaluate(point.policy, judge, costs)
+        found[name] = {"drop": result.accuracy_drop, "speedup": costs.whole_us / result.mean_us}
+    return found
