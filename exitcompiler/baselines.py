@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from exitcompiler.costs import CostModel
 from exitcompiler.errors import InputError
-from exitcompiler.evaluation import Evaluation, evaluate, evaluate_routes
+from exitcompiler.evaluation import Evaluation, evaluate, evaluate_routes, undominated
 from exitcompiler.gate_features import losses, max_probability
 from exitcompiler.gate_search import Choices, Problem, to_policy
 from exitcompiler.gates import require_costs
@@ -254,8 +254,4 @@ def best_on(
     Choose on the learning rows, then judge with ``evaluate`` on fresh ones.
     """
     judged = [(candidate, candidate.evaluate(table, costs)) for candidate in candidates]
-    kept: list[tuple[Baseline, Evaluation]] = []
-    for candidate, result in sorted(judged, key=lambda pair: (pair[1].accuracy_drop, pair[1].mean_us)):
-        if not kept or result.mean_us < kept[-1][1].mean_us:
-            kept.append((candidate, result))
-    return tuple(kept)
+    return undominated(judged, lambda pair: pair[1])

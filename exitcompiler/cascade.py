@@ -21,6 +21,7 @@ from exitcompiler.compiler import Details, measure, read_and_split, training_dat
 from exitcompiler.data import Rows, TrainingData
 from exitcompiler.delivery import Delivery
 from exitcompiler.engines import Engines, Lowerer
+from exitcompiler.errors import InputError
 from exitcompiler.fitting import Fitted, fit_exits
 from exitcompiler.input_transforms import Transform
 from exitcompiler.network_order import order_networks, topology_edges
@@ -119,6 +120,11 @@ def cascade(
         recipe=HeadRecipe() if recipe is None else recipe,
         dump=None if dump is None else Path(dump),
     )
+    if not early_exits and (train_data is not None or recipe is not None):
+        raise InputError(
+            "train_data and recipe are for exit heads, and networks get none",
+            remedy="early_exits=True, or leave them out",
+        )
     options = CascadeOptions(edges, names, transforms, logits, early_exits)
     return cascade_in_detail(networks, calib_data, train_data, settings, options, progress).compiled
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
 
+import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from exitcompiler.baselines import (
-    Baseline,
-    best_on,
-    per_exit_thresholds,
-    random_routing,
-    soft_oracle,
-)
+from exitcompiler.baselines import Baseline, best_on, per_exit_thresholds, random_routing
 from exitcompiler.costs import CostModel
-from exitcompiler.errors import InputError
-from exitcompiler.evaluation import Evaluation, evaluate
+from exitcompiler.evaluation import Evaluation, evaluate, summarise, undominated
 from exitcompiler.gate_search import Choices, to_policy
 from exitcompiler.gates import Recipe, prepare
 from exitcompiler.naming import OWN
@@ -37,7 +32,9 @@ __all__ = [
     "uniform",
 ]
 
-RATES = tuple(0.05 * step for step in range(21))
+RATES: Final = tuple(0.05 * step for step in range(21))
+
+MOST_NETWORKS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -64,31 +61,19 @@ class Part:
         agreements = {} if own else few.agreements
         return ScoreTable(self.topology, heads, table.backbone_logits, table.labels, agreements)
 
-    def costs(self, costs: CostModel, topology: Topology) -> CostModel:
-        """The times of this part: sites that are left out cost what passing them costs.
-
-        Args:
-            costs: Of the whole cascade.
-            topology: The whole cascade's.
-        """
-        segments: list[float] = []
-        for place, site in enumerate(self.topology.sites):
-            follows = self.topology.follows[place]
-            before = 0.0 if follows is None else costs.reach_us(topology, self.topology.sites[follows])
-            segments.append(costs.reach_us(topology, site) - before)
-        return replace(costs, segment_us=tuple(segments))
-
 
 def sub_topologies(topology: Topology, fewest: int = 2) -> Iterator[tuple[str, ...]]:
-    """The names of every set of networks that can stand alone as a cascade, by rising number."""
+    """The names of every set of networks that can stand alone as a cascade, by rising number.
+
+    Of more than ``MOST_NETWORKS`` only the pairs, and all together.
+    """
     ends = [network[-1] for network in topology.networks]
-    for count in range(fewest, len(ends) + 1):
+    counts = range(fewest, len(ends) + 1) if len(ends) <= MOST_NETWORKS else (2, len(ends))
+    for count in counts:
         for chosen in itertools.combinations(range(len(ends)), count):
-            try:
-                topology.restrict([site for number in chosen for site in topology.networks[number]])
-            except InputError:  # no way leads to one of them
-                continue
-            yield tuple(ends[number] for number in chosen)
+            names = tuple(ends[number] for number in chosen)
+            if topology.connects(names):
+                yield names
 
 
 def parts(topology: Topology, *, chains: bool, inner: bool) -> list[Part]:
@@ -133,7 +118,7 @@ def learned_on(
         recipe: How to learn.
         trade_offs_us: Microseconds that one unit of accuracy is worth.
     """
-    few, times = part.table(table), part.costs(costs, table.topology)
+    few, times = part.table(table), costs.restrict(table.topology, part.topology)
     learner = prepare(few, times, recipe)
     starts: tuple[Choices, ...] = ()
     policies = []
@@ -159,7 +144,7 @@ def myopic(
     """
     found = []
     for part in parts(table.topology, chains=True, inner=False):
-        own, times = part.table(table, own=True), part.costs(costs, table.topology)
+        own, times = part.table(table, own=True), costs.restrict(table.topology, part.topology)
         found += [(part, rule.policy) for rule in per_exit_thresholds(own, times, trade_offs_us)]
     return found
 
@@ -175,14 +160,12 @@ def uniform(table: ScoreTable, costs: CostModel, judge: ScoreTable, seed: int = 
     """
     found: list[tuple[Part, Baseline, Evaluation]] = []
     for part in parts(table.topology, chains=True, inner=False):
-        own, times = part.table(table, own=True), part.costs(costs, table.topology)
+        own, times = part.table(table, own=True), costs.restrict(table.topology, part.topology)
         routing = random_routing([tuple((name, OWN) for name in part.names)], RATES, seed)
         found += [(part, rule, result) for rule, result in best_on(list(routing), own, times)]
-    kept = _best([result for _, _, result in found])
     return [
-        rule.evaluate(part.table(judge, own=True), part.costs(costs, table.topology))
-        for part, rule, result in found
-        if any(result is other for other in kept)
+        rule.evaluate(part.table(judge, own=True), costs.restrict(table.topology, part.topology))
+        for part, rule, _ in undominated(found, lambda entry: entry[2])
     ]
 
 
@@ -190,25 +173,38 @@ def network_alone(table: ScoreTable, costs: CostModel, name: str) -> Evaluation:
     """One network for all rows."""
     only = Part((name,), Topology(((name,),)))
     few = only.table(table, own=True)
-    return evaluate(Policy(few.topology, (Leave(OWN),)), few, only.costs(costs, table.topology))
+    return evaluate(Policy(few.topology, (Leave(OWN),)), few, costs.restrict(table.topology, only.topology))
 
 
 def oracle(table: ScoreTable, costs: CostModel) -> list[Evaluation]:
-    """The soft oracle of every chain: see ``exitcompiler.baselines.soft_oracle``."""
-    return [
-        soft_oracle(
-            part.table(table, own=True),
-            part.costs(costs, table.topology),
-            tuple((name, OWN) for name in part.names),
-        )
-        for part in parts(table.topology, chains=True, inner=False)
-    ]
+    """Knows the labels, and still may not do everything (Bolukbasi et al. 2017, experiments).
 
+    Every row starts with the same network and pays for it; then it goes the cheapest way to the first
+    network that is right together with all later ones, and where there is none to the last. It cannot
+    mend the last network's mistakes. It bounds what networks' own answers can do; answers of several
+    networks together may be better.
 
-def _best(results: Sequence[Evaluation]) -> list[Evaluation]:
-    """Those that no other one beats."""
-    kept: list[Evaluation] = []
-    for result in sorted(results, key=lambda r: (r.accuracy_drop, r.mean_us)):
-        if not kept or result.mean_us < kept[-1].mean_us:
-            kept.append(result)
-    return kept
+    Returns:
+        One evaluation for each network to start with.
+    """
+    topology = table.restrict([network[-1] for network in table.topology.networks]).topology
+    times = costs.restrict(table.topology, topology).segment_us
+    right = np.stack([table.correct((name, OWN)) for name in topology.sites])
+    all_later = np.logical_and.accumulate(right[::-1], axis=0)[::-1]
+    last = len(topology.sites) - 1
+    graph = nx.DiGraph((a, b, {"time": times[b]}) for a, b in topology.edges)
+    graph.add_nodes_from(range(last + 1))
+    found = []
+    for start in range(last + 1):
+        lengths = nx.single_source_dijkstra_path_length(graph, start, weight="time")
+        if last not in lengths:
+            continue
+        answered = np.full(table.rows, last)
+        for place in sorted(lengths, reverse=True):
+            answered[all_later[place]] = place
+        time_us = times[start] + np.array([lengths.get(p, 0.0) for p in range(last + 1)])[answered]
+        correct = right[answered, np.arange(table.rows)]
+        passed = np.zeros((table.rows, last + 1), np.bool_)
+        passed[np.arange(table.rows), answered] = passed[:, start] = True
+        found.append(summarise(topology, answered, correct, table.backbone_correct, time_us, passed))
+    return found

@@ -7,17 +7,18 @@ from typing import Any, Final
 
 import numpy as np
 
-from exitcompiler.cascade_baselines import learned_on, myopic, network_alone, oracle, parts, uniform
+from exitcompiler.cascade_baselines import Part, learned_on, myopic, network_alone, oracle, parts, uniform
 from exitcompiler.costs import CostModel
 from exitcompiler.data import RowSplit
-from exitcompiler.evaluation import Evaluation, evaluate
+from exitcompiler.evaluation import Evaluation, evaluate, undominated
 from exitcompiler.findings import Findings, place_entry
 from exitcompiler.fitting import Fitted
 from exitcompiler.flops import count_flops
-from exitcompiler.frontier import FrontierPoint, trade_offs
+from exitcompiler.frontier import trade_offs
 from exitcompiler.naming import OWN
 from exitcompiler.networks import Network
 from exitcompiler.packaging import point_name
+from exitcompiler.policies import Leave, LinearRule, Policy
 from exitcompiler.scores import ScoreTable
 from exitcompiler.selection import Built, Selection
 from exitcompiler.settings import Settings
@@ -26,9 +27,9 @@ from exitcompiler.topology import Topology
 __all__ = ["CascadeFindings", "network_shares", "overlap"]
 
 STEPS: Final = 8
-"""Trade-offs at which sub-topologies and thresholds are learned for the report."""
+"""Trade-offs at which sub-topologies are learned for the report."""
 
-BUDGETS: Final = 3
+THRESHOLD_STEPS: Final = 24
 
 
 class CascadeFindings(Findings):
@@ -95,8 +96,10 @@ class CascadeFindings(Findings):
                 "reason": _reason(name, kept, ends),
             }
         cascade["used_edges"] = _used_edges(selection.chosen)
-        cascade["budgets"] = self._budgets(selection, costs)
+        cascade["budgets"] = self._budgets(selection, table, costs)
         cascade["overlap"] = overlap(table, ends)
+        if chosen.is_plain:
+            return
         learn, judge = self._halves(table)
         cascade["frontiers"] = self._frontiers(selection, learn, judge, costs)
 
@@ -104,23 +107,39 @@ class CascadeFindings(Findings):
         super()._exits(chosen, table, costs)
         for entry in self._report["exits"]:
             if entry.get("end"):
-                entry["reason"] = "answers what it is sure of" if entry["kept"] else "no row is answered here"
+                entry["reason"] = _end_reason(chosen.point.policy.kept.get(entry["name"]))
 
-    def _budgets(self, selection: Selection, costs: CostModel) -> list[dict[str, Any]]:
-        """The shares of networks at three shipped points: the most frugal, the chosen, the most accurate."""
+    def report(self) -> dict[str, Any]:
+        """The report; where the reference alone is the result, of that."""
+        report = super().report()
+        if not report["refused"]:
+            return report
+        cascade = report["cascade"]
+        networks = [
+            {**entry, "kept": entry["name"] == cascade["reference"], "reason": ""}
+            for entry in cascade["networks"]
+        ]
+        ends = {"kept": False, "exit_rate": 0.0, "reason": "not in the result"}
+        return {
+            **report,
+            "exits": [{**entry, **ends} for entry in report["exits"]],
+            "cascade": {**cascade, "networks": networks, "used_edges": [], "budgets": []},
+        }
+
+    def _budgets(self, selection: Selection, table: ScoreTable, costs: CostModel) -> list[dict[str, Any]]:
+        """The shares of networks at up to three shipped points, from the most frugal to the most accurate."""
         built = [b for b in (selection.chosen, *selection.shipped) if not b.point.policy.is_plain]
         built.sort(key=lambda b: b.mean_us)
-        if not built or selection.chosen.point.policy.is_plain:
-            return []
-        places = sorted({0, built.index(selection.chosen), len(built) - 1})
+        chosen = built.index(selection.chosen) if selection.chosen in built else 0
+        middle = chosen if 0 < chosen < len(built) - 1 else len(built) // 2
         return [
             {
-                "point": point_name(built[place].point.accuracy_drop),
-                "mean_latency_ms": self._ms(built[place].mean_us),
-                "accuracy_drop": float(built[place].point.accuracy_drop),
-                "networks": network_shares(built[place].point, costs),
+                "point": point_name(b.point.accuracy_drop),
+                "mean_latency_ms": self._ms(b.mean_us),
+                "accuracy_drop": float(b.point.accuracy_drop),
+                "networks": network_shares(b.point.policy, table, costs),
             }
-            for place in places[:BUDGETS]
+            for b in (built[place] for place in sorted({0, middle, len(built) - 1} & set(range(len(built)))))
         ]
 
     def _halves(self, table: ScoreTable) -> tuple[ScoreTable, ScoreTable]:
@@ -135,61 +154,70 @@ class CascadeFindings(Findings):
         found = {}
         for part in parts(learn.topology, chains=False, inner=True):
             policies = learned_on(part, learn, costs, selection.frontier.recipe, trade_offs_us)
-            few, times = part.table(judge), part.costs(costs, learn.topology)
-            results = [evaluate(policy, few, times) for policy in policies]
-            found[" > ".join(part.names)] = [self._baseline_point(r) for r in _pareto(results)]
+            found[" > ".join(part.names)] = self._judged([(part, p) for p in policies], learn, judge, costs)
         return found
 
     def _baselines(self, table: ScoreTable, costs: CostModel) -> dict[str, list[dict[str, float]]]:
         """Each baseline chosen on one half of the learning rows and judged on the other."""
         learn, judge = self._halves(table)
-        trade_offs_us = trade_offs(table.topology, costs, STEPS)
-        thresholds = [
-            (evaluate(policy, part.table(learn, own=True), part.costs(costs, table.topology)), part, policy)
-            for part, policy in myopic(learn, costs, trade_offs_us)
-        ]
-        best = _pareto([result for result, _, _ in thresholds])
+        thresholds = myopic(learn, costs, trade_offs(table.topology, costs, THRESHOLD_STEPS))
         curves = {
-            "myopic": [
-                evaluate(policy, part.table(judge, own=True), part.costs(costs, table.topology))
-                for result, part, policy in thresholds
-                if any(result is other for other in best)
-            ],
             "uniform": uniform(learn, costs, judge, self._settings.seed),
             "networks": [network_alone(judge, costs, sites[-1]) for sites in table.topology.networks],
             "oracle": oracle(judge, costs),
         }
-        return {name: [self._baseline_point(r) for r in _pareto(rs)] for name, rs in curves.items()}
+        return {
+            "myopic": self._judged(thresholds, learn, judge, costs, own=True),
+            **{name: [self._baseline_point(r) for r in results] for name, results in curves.items()},
+        }
+
+    def _judged(
+        self,
+        policies: Sequence[tuple[Part, Policy]],
+        learn: ScoreTable,
+        judge: ScoreTable,
+        costs: CostModel,
+        *,
+        own: bool = False,
+    ) -> list[dict[str, float]]:
+        """Of the policies those that nothing beats on the rows they were learned on, judged on other rows."""
+
+        def on(table: ScoreTable, part: Part, policy: Policy) -> Evaluation:
+            times = costs.restrict(table.topology, part.topology)
+            return evaluate(policy, part.table(table, own=own), times)
+
+        learned = [(on(learn, part, policy), part, policy) for part, policy in policies]
+        kept = undominated(learned, lambda entry: entry[0])
+        return [self._baseline_point(on(judge, part, policy)) for _, part, policy in kept]
 
 
-def network_shares(point: FrontierPoint, costs: CostModel) -> list[dict[str, Any]]:
+def network_shares(policy: Policy, table: ScoreTable, costs: CostModel) -> list[dict[str, Any]]:
     """How a policy uses the networks: rows run, rows answered, and time.
 
     Args:
-        point: The policy with its evaluation.
-        costs: Measured times, of all places.
+        policy: Over all places.
+        table: Rows.
+        costs: Measured times.
 
     Returns:
         Per network ``name``, ``share_of_rows_run``, ``share_of_rows_answered`` and ``share_of_time``.
     """
-    estimate, topology = point.estimate, point.policy.topology
-    times = costs.times_us(topology, point.policy.steps)
-    places = topology.places
-    rates = [estimate.pass_rates.get(site, 0.0) for site in places]
-    spent = {site: time * rate for site, time, rate in zip(places, times.tolist(), rates, strict=True)}
-    total = sum(spent.values())
-    found = []
-    for sites in topology.networks:
-        run = [estimate.pass_rates.get(site, 0.0) for site in sites if spent[site] > 0.0]
-        found.append(
-            {
-                "name": sites[-1],
-                "share_of_rows_run": float(max(run, default=0.0)),
-                "share_of_rows_answered": float(sum(estimate.exit_rates.get(site, 0.0) for site in sites)),
-                "share_of_time": float(sum(spent[site] for site in sites) / total) if total else 0.0,
-            }
-        )
-    return found
+    result, topology = evaluate(policy, table, costs), policy.topology
+    times = costs.times_us(topology, policy.steps)
+    spent = {
+        name: (rate, float(time) * rate)
+        for (name, rate), time in zip(result.pass_rates.items(), times, strict=True)
+        if time > 0.0
+    }
+    return [
+        {
+            "name": sites[-1],
+            "share_of_rows_run": max((spent[site][0] for site in sites if site in spent), default=0.0),
+            "share_of_rows_answered": sum(result.exit_rates[site] for site in sites),
+            "share_of_time": sum(spent[site][1] for site in sites if site in spent) / result.mean_us,
+        }
+        for sites in topology.networks
+    ]
 
 
 def overlap(table: ScoreTable, networks: Sequence[str]) -> dict[str, Any]:
@@ -219,6 +247,18 @@ def overlap(table: ScoreTable, networks: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _end_reason(decision: Leave | LinearRule | None) -> str:
+    match decision:
+        case None:
+            return "no row is answered here"
+        case LinearRule(actions=actions) if not any(isinstance(action, Leave) for action in actions):
+            return "sends every row on"
+        case LinearRule():
+            return "answers what it is sure of"
+        case Leave():
+            return "answers all that come"
+
+
 def _reason(name: str, kept: bool, ends: Sequence[str]) -> str:
     if not kept:
         return "every gate came out as never to go there, or always past it"
@@ -240,12 +280,3 @@ def _used_edges(built: Built) -> list[list[str]]:
             if target is not None and topology.network_of[target] != number[site]:
                 used.add((number[site], topology.network_of[target]))
     return [[topology.networks[a][-1], topology.networks[b][-1]] for a, b in sorted(used)]
-
-
-def _pareto(results: Sequence[Evaluation]) -> list[Evaluation]:
-    """Those that no other one beats, by rising accuracy drop."""
-    kept: list[Evaluation] = []
-    for result in sorted(results, key=lambda r: (r.accuracy_drop, r.mean_us)):
-        if not kept or result.mean_us < kept[-1].mean_us:
-            kept.append(result)
-    return kept

@@ -58,6 +58,8 @@ def check_parity(
 ) -> float:
     """Send rows to each exit in turn, by every way that leads there, and compare the outputs with torch's.
 
+    Of more than ``MOST_ROUTES`` ways to one exit the others are left out.
+
     Args:
         compiled: The lowered program.
         program: The same with its bodies.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,20 @@ class CostModel:
             total += self.segment_us[place]
             place = topology.follows[place]
         return total
+
+    def restrict(self, topology: Topology, few: Topology) -> CostModel:
+        """The times of some of the sites: those that are left out cost what passing them costs.
+
+        Args:
+            topology: Of these times.
+            few: Some of its sites.
+        """
+        segments = []
+        for place, name in enumerate(few.places):
+            follows = few.follows[place]
+            before_us = 0.0 if follows is None else self.reach_us(topology, few.places[follows])
+            segments.append(self.reach_us(topology, name) - before_us)
+        return replace(self, segment_us=tuple(segments))
 
     def step_us(self, place: int, step: Step) -> float:
         """What a row pays at a place where something is decided or answered."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ from exitcompiler.policies import Policy
 from exitcompiler.scores import BoolArray, HeadKey, IntArray, ScoreTable
 from exitcompiler.topology import Topology
 
-__all__ = ["Evaluation", "evaluate", "evaluate_routes", "summarise"]
+__all__ = ["Evaluation", "Judged", "evaluate", "evaluate_routes", "summarise", "undominated"]
 
 
 @dataclass(frozen=True)
@@ -156,3 +158,36 @@ def summarise(
         time_us=time_us,
         passed=passed,
     )
+
+
+class Judged(Protocol):
+    """Whatever has an accuracy drop and a mean time."""
+
+    @property
+    def accuracy_drop(self) -> float:
+        """Net."""
+
+    @property
+    def mean_us(self) -> float:
+        """Per row."""
+
+
+_Entry = TypeVar("_Entry")
+
+
+def undominated(entries: Iterable[_Entry], judged: Callable[[_Entry], Judged]) -> tuple[_Entry, ...]:
+    """The entries that no other one beats, by rising accuracy drop and falling mean time.
+
+    Of equal ones the first counts.
+
+    Args:
+        entries: Anything.
+        judged: What is to be compared of each.
+    """
+    kept: list[_Entry] = []
+    least_us = math.inf
+    for entry in sorted(entries, key=lambda e: (judged(e).accuracy_drop, judged(e).mean_us)):
+        if judged(entry).mean_us < least_us:
+            kept.append(entry)
+            least_us = judged(entry).mean_us
+    return tuple(kept)

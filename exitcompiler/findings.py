@@ -248,7 +248,7 @@ def _gate_text(decision: Leave | LinearRule | None) -> str:
         case Leave():
             return "always leave"
         case LinearRule(reads=reads, weight=weight):
-            used = sum(1 for value in weight if value)
+            used = sum(1 for column in zip(*weight, strict=True) if any(column))
             return f"linear on {used} feature{'s' if used != 1 else ''} of {len(reads)} head" + (
                 "s" if len(reads) != 1 else ""
             )

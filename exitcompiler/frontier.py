@@ -19,7 +19,7 @@ from scipy.optimize import isotonic_regression
 
 from exitcompiler.costs import CostModel
 from exitcompiler.errors import InputError
-from exitcompiler.evaluation import Evaluation, evaluate, summarise
+from exitcompiler.evaluation import Evaluation, evaluate, summarise, undominated
 from exitcompiler.gate_search import Choices, to_policy
 from exitcompiler.gates import FEWEST_ROWS, RECIPES, Learner, Recipe, prepare, require_learnable
 from exitcompiler.policies import Policy
@@ -27,7 +27,7 @@ from exitcompiler.scores import ScoreTable
 from exitcompiler.statistics import mean_time_over_drops
 from exitcompiler.topology import Topology
 
-__all__ = ["CrossFit", "Frontier", "FrontierPoint", "pareto", "sweep", "trade_offs"]
+__all__ = ["CrossFit", "Frontier", "FrontierPoint", "sweep", "trade_offs"]
 
 _logger = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ def sweep(
     ]
     return Frontier(
         plain,
-        pareto([plain, *points]),
+        undominated([plain, *points], lambda point: point),
         cross_fit.recipe,
         learner,
         cross_fit,
@@ -328,15 +328,3 @@ def _join(results: Sequence[Evaluation], rows: Sequence[NDArray[np.intp]], topol
     time_us = np.concatenate([r.time_us for r in results])[back]
     passed = np.concatenate([r.passed for r in results])[back]
     return summarise(topology, exit_index, correct, backbone_correct, time_us, passed)
-
-
-def pareto(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, ...]:
-    """The points that no other one beats, by rising accuracy drop and falling mean time.
-
-    Of equal points the first counts.
-    """
-    kept: list[FrontierPoint] = []
-    for point in sorted(points, key=lambda p: (p.accuracy_drop, p.mean_us)):
-        if not kept or point.mean_us < kept[-1].mean_us:
-            kept.append(point)
-    return tuple(kept)

@@ -160,6 +160,12 @@ class Plane:
     bias: Float64Array
     scores: Float64Array
 
+    @property
+    def resolution(self) -> float:
+        """Differences between two actions' scores that are closer than this count as equal."""
+        steepest = np.abs(self.weight[:, None] - self.weight[None]).sum(axis=2).max()
+        return SCORE_RESOLUTION * float(steepest)
+
     def shifted(self, action_us: Float64Array, arrives: BoolArray) -> tuple[float, Choice | None]:
         """The rule with the best biases, and what it costs on the rows that arrive.
 
@@ -170,7 +176,7 @@ class Plane:
         Returns:
             No rule where a single action takes all rows.
         """
-        total, shift = best_shifts(self.scores, action_us, arrives)
+        total, shift = best_shifts(self.scores, action_us, arrives, self.resolution)
         scores = self.scores + shift
         taken = np.unique(scores[arrives].argmax(axis=1))
         if len(taken) < 2:
@@ -313,7 +319,11 @@ def _threshold(score: Float64Array, place: int) -> float:
 
 
 def best_shifts(
-    scores: Float64Array, action_us: Float64Array, arrives: BoolArray, sweeps: int = 3
+    scores: Float64Array,
+    action_us: Float64Array,
+    arrives: BoolArray,
+    resolution: float = SCORE_RESOLUTION,
+    sweeps: int = 3,
 ) -> tuple[float, Float64Array]:
     """Biases for given linear scores, one action at a time, each the best that there is for the others.
 
@@ -321,6 +331,7 @@ def best_shifts(
         scores: ``float64[n, actions]``: a row takes the action of the highest one.
         action_us: ``float64[n, actions]``: what each action costs each row.
         arrives: ``bool[n]``.
+        resolution: No bias is put between leads that are closer than this.
         sweeps: How often all actions get their turn.
 
     Returns:
@@ -341,7 +352,7 @@ def best_shifts(
             order = np.argsort(-lead, kind="stable")
             total = np.append(0.0, np.cumsum(gain[order]))
             sorted_lead = lead[order]
-            close = sorted_lead[:-1] - sorted_lead[1:] <= SCORE_RESOLUTION
+            close = sorted_lead[:-1] - sorted_lead[1:] <= resolution
             total[1:-1][close] = -np.inf
             place = int(total.argmax())
             cost = float(action_us[rows, rival].sum() - total[place])

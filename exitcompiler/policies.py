@@ -290,6 +290,10 @@ def widen(policy: Policy, topology: Topology) -> Policy:
     Args:
         policy: Over ``topology.restrict(...)`` of some sites.
         topology: All sites.
+
+    Raises:
+        InputError: Ways that differ would have to go through one network that decides nothing; see
+            ``Topology.closed``.
     """
     few = dict(zip(policy.exits, policy.decisions, strict=True))
     decisions: list[Decision] = [GoOn() for _ in topology.sites]
@@ -303,7 +307,13 @@ def widen(policy: Policy, topology: Topology) -> Policy:
         path = topology.path(network_of[site], network_of[action.target], gone)
         for skipped, following in itertools.pairwise(path[1:]):
             start = topology.sites.index(topology.networks[skipped][0])
-            decisions[start] = GoOn(topology.networks[following][0])
+            onward = GoOn(topology.networks[following][0])
+            if decisions[start] not in (GoOn(), onward):
+                raise InputError(
+                    f"two ways lead through {topology.networks[skipped][-1]!r}, which is left out",
+                    where="policy",
+                )
+            decisions[start] = onward
         return GoOn(topology.networks[path[1]][0])
 
     entry = network_of[policy.exits[0]] if policy.exits else 0

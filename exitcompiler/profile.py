@@ -49,16 +49,17 @@ def measure_costs(
     heads = {key: candidates.head_block(key) for key in candidates.heads}
     segments = [candidates.program.block(candidates.block_of[place]) for place in topology.places]
     seams = len(segments) - len(wholes)
-    programs = [[*segments, *heads.values()], [whole.entry for whole in wholes]]
+    programs = [[*segments, *heads.values()], *([whole.entry] for whole in wholes)]
     if not seams:
         programs.append([_with_own_head(candidates)])
-    times, whole_times, *ended = programs_times_us(programs, engines, rows, batch_size)
+    times, *alone = programs_times_us(programs, engines, rows, batch_size)
     segment_times, head_times = times[: len(segments)], times[len(segments) :]
+    whole_times = [time for (time,) in alone[: len(wholes)]]
     if seams:
         call_us = max(0.0, sum(segment_times) - sum(whole_times)) / seams
     else:
         own = head_times[list(heads).index((topology.sites[0], OWN))]
-        call_us = max(0.0, own - max(0.0, ended[0][0] - whole_times[0]))
+        call_us = max(0.0, own - max(0.0, alone[-1][0] - whole_times[0]))
     # A kept exit keeps its seam; a pruned one's segments merge and the seam is gone.
     later = [topology.follows[place] is not None for place in range(len(segments))]
     return CostModel(
@@ -117,6 +118,7 @@ def programs_times_us(
     inputs = rows.take(slice(0, batch_size)).inputs
     calls: dict[str, Callable[[], object]] = {}
     for index, blocks in enumerate(programs):
+        assert len({block.name for block in blocks}) == len(blocks)
         loaded = engines.load(blocks, batch_size)
         values: dict[str, Array] = {name: tensor.numpy() for name, tensor in inputs.items()}
         for number, block in enumerate(blocks):

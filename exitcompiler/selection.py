@@ -22,7 +22,7 @@ from exitcompiler.progress import Reporter
 from exitcompiler.scores import ScoreTable
 from exitcompiler.settings import Settings
 
-__all__ = ["Built", "Round", "Selection", "aimed_at", "select_points"]
+__all__ = ["Built", "Round", "Selection", "aimed_at", "fit_within", "select_points"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +119,9 @@ def select_points(
         CalibrationError: The learning rows cannot be used.
         InputError: No operating point keeps the limit.
     """
+    bench = _Bench(candidates, table, engines, sample, settings)
     frontier = _sweep(table, costs, settings, reporter, "learning gates")
-    current = _build(candidates, _fit(frontier, settings), engines, sample, settings)
+    current = bench.build(_fit(frontier, settings))
     tried = [current]
     rounds = [Round(table.exits, tuple(current.point.policy.kept), current.mean_us)]
     while len(rounds) < ROUNDS and not current.point.policy.is_plain:
@@ -130,14 +131,60 @@ def select_points(
         narrowed = _sweep(few, measured, settings, reporter, "relearning gates", recipes)
         point = _fit(narrowed, settings)
         point = replace(point, policy=widen(point.policy, table.topology))
-        current = _build(candidates, point, engines, sample, settings)
+        current = bench.build(point)
         tried.append(current)
         rounds.append(Round(allowed, tuple(point.policy.kept), current.mean_us))
         if tuple(point.policy.kept) == allowed:
             break
-    best = _best(_retime(candidates, tried, engines, sample, settings), settings)
-    shipped = _shipped(frontier, best, candidates, engines, sample, settings)
+    best = _best(bench.retime(tried), settings)
+    shipped = _shipped(frontier, best, bench)
     return Selection(frontier, best, shipped, tuple(rounds))
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Where programs of policies are built and measured: what ``select_points`` is given."""
+
+    candidates: Candidates
+    table: ScoreTable
+    engines: Engines
+    sample: Rows
+    settings: Settings
+
+    def build(self, point: FrontierPoint) -> Built:
+        """The program of a point, timed."""
+        program = self.program(point)
+        return self.timed(program, point, self.times_us(program))
+
+    def program(self, point: FrontierPoint) -> Program:
+        """The program of a point."""
+        observers = () if self.settings.dump is None else (dump_to(self.settings.dump),)
+        return build_program(self.candidates, point.policy, observers=observers)
+
+    def times_us(self, program: Program) -> list[float]:
+        """The time of each of its blocks."""
+        return block_times_us(program.blocks, self.engines, self.sample, self.settings.batch_size)
+
+    def retime(self, tried: Sequence[Built]) -> list[Built]:
+        """The same programs, timed again in turns: what was timed minutes apart cannot be compared."""
+        if len(tried) < 2:
+            return list(tried)
+        programs = [built.program.blocks for built in tried]
+        times = programs_times_us(programs, self.engines, self.sample, self.settings.batch_size)
+        return [self.timed(b.program, b.point, part) for b, part in zip(tried, times, strict=True)]
+
+    def timed(self, program: Program, point: FrontierPoint, times_us: Sequence[float]) -> Built:
+        """A program with the times of its blocks; each ends at the place that it is called after.
+
+        How many rows come to each is told by the policy itself, on the learning rows: the policies of the
+        folds, which say how accurate it is, may go other ways.
+        """
+        block_us = {block.name: float(time) for block, time in zip(program.blocks, times_us, strict=True)}
+        place_of = {block: place for place, block in self.candidates.block_of.items()}
+        passed, _ = point.policy.walk(self.table)
+        rates = dict(zip(self.table.topology.places, passed.mean(axis=0).tolist(), strict=True))
+        mean_us = sum(time * rates[place_of[name]] for name, time in block_us.items())
+        return Built(program, point, block_us, mean_us)
 
 
 def _best(tried: Sequence[Built], settings: Settings) -> Built:
@@ -157,19 +204,6 @@ def _best(tried: Sequence[Built], settings: Settings) -> Built:
             remedy="raise the budget",
         )
     return min(within, key=lambda built: (built.point.accuracy_drop, built.mean_us))
-
-
-def _retime(
-    candidates: Candidates, tried: Sequence[Built], engines: Engines, sample: Rows, settings: Settings
-) -> list[Built]:
-    """The same programs, timed again in turns: what was timed minutes apart cannot be compared."""
-    if len(tried) < 2:
-        return list(tried)
-    programs = [built.program.blocks for built in tried]
-    times = programs_times_us(programs, engines, sample, settings.batch_size)
-    return [
-        _timed(candidates, built.program, built.point, part) for built, part in zip(tried, times, strict=True)
-    ]
 
 
 def _sweep(
@@ -194,43 +228,25 @@ def _sweep(
 def _fit(frontier: Frontier, settings: Settings) -> FrontierPoint:
     if settings.drop_limit is None:
         return frontier.fit(latency_budget_us=settings.budget_us)
-    try:
-        return frontier.fit(max_accuracy_drop=aimed_at(settings.drop_limit))
-    except InputError:  # the margin reaches below a drop of 0, where only the backbone itself keeps the limit
-        return frontier.plain
+    return fit_within(frontier, settings.drop_limit)
+
+
+def fit_within(frontier: Frontier, limit: float) -> FrontierPoint:
+    """The point that keeps an accuracy drop in the mean over fresh rows.
+
+    Args:
+        frontier: To fit on.
+        limit: The drop allowed, 0 or more; less is aimed at.
+    """
+    aim = aimed_at(limit)
+    if all(point.accuracy_drop > aim for point in frontier.points):
+        return frontier.plain  # the margin reaches below a drop of 0, where it alone keeps the limit
+    return frontier.fit(max_accuracy_drop=aim)
 
 
 def aimed_at(limit: float) -> float:
     """The accuracy drop to aim at for a limit to hold in the mean over fresh rows."""
     return min(AIM * limit, limit - LEAST_MARGIN)
-
-
-def _build(
-    candidates: Candidates,
-    point: FrontierPoint,
-    engines: Engines,
-    sample: Rows,
-    settings: Settings,
-) -> Built:
-    program = _program(candidates, point, settings)
-    times = block_times_us(program.blocks, engines, sample, settings.batch_size)
-    return _timed(candidates, program, point, times)
-
-
-def _program(candidates: Candidates, point: FrontierPoint, settings: Settings) -> Program:
-    observers = () if settings.dump is None else (dump_to(settings.dump),)
-    return build_program(candidates, point.policy, observers=observers)
-
-
-def _timed(
-    candidates: Candidates, program: Program, point: FrontierPoint, times_us: Sequence[float]
-) -> Built:
-    """A program with the times of its blocks; each ends at the place that it is called after."""
-    block_us = {block.name: float(time) for block, time in zip(program.blocks, times_us, strict=True)}
-    place_of = {block: place for place, block in candidates.block_of.items()}
-    rates = point.estimate.pass_rates
-    mean_us = sum(time * rates[place_of[name]] for name, time in block_us.items())
-    return Built(program, point, block_us, mean_us)
 
 
 def _narrowed(
@@ -242,9 +258,10 @@ def _narrowed(
     """
     policy = built.point.policy
     kept = set(policy.kept) | ({table.exits[-1]} if not table.topology.tail else set())
-    few = table.restrict(kept)
+    few = table.restrict(table.topology.closed(kept))
+    unbuilt = costs.restrict(table.topology, few.topology)
     segments: list[float] = []
-    for place in few.topology.places:
+    for number, place in enumerate(few.topology.places):
         time_us = built.block_us.get(candidates.block_of[place])
         if time_us is not None:
             step = policy.steps[table.topology.places.index(place)]
@@ -252,19 +269,12 @@ def _narrowed(
         elif table.topology.tail:  # the last kept exit ends the network: what would come after is as it was
             segments.append(max(0.0, costs.whole_us - sum(segments)))
         else:
-            segments.append(costs.reach_us(table.topology, place))
+            segments.append(unbuilt.segment_us[number])
     heads = {key: cost for key, cost in costs.head_us.items() if key in few.heads or key in few.agreements}
     return few, CostModel(tuple(segments), heads, costs.gate_us, costs.plain_us)
 
 
-def _shipped(
-    frontier: Frontier,
-    chosen: Built,
-    candidates: Candidates,
-    engines: Engines,
-    sample: Rows,
-    settings: Settings,
-) -> tuple[Built, ...]:
+def _shipped(frontier: Frontier, chosen: Built, bench: _Bench) -> tuple[Built, ...]:
     """A handful of other points; those that cannot be had, or are no trade against the rest, are left out."""
     points: list[FrontierPoint] = []
     for drop in SHIPPED_DROPS:
@@ -272,17 +282,14 @@ def _shipped(
             point = frontier.fit(max_accuracy_drop=aimed_at(drop))
         except InputError:
             continue
-        others = [chosen.point, *points]
-        if not point.policy.is_plain and all(
-            abs(point.accuracy_drop - o.accuracy_drop) > 1e-3 for o in others
-        ):
+        apart = all(abs(point.accuracy_drop - o.accuracy_drop) > 1e-3 for o in (chosen.point, *points))
+        if apart and not point.policy.is_plain:
             points.append(point)
-    programs = [_program(candidates, point, settings) for point in points]
+    programs = [bench.program(point) for point in points]
     # All in one export, before they are timed one by one.
-    engines.load([block for program in programs for block in program.blocks], settings.batch_size)
+    blocks = [block for program in programs for block in program.blocks]
+    bench.engines.load(blocks, bench.settings.batch_size)
     return tuple(
-        _timed(
-            candidates, program, point, block_times_us(program.blocks, engines, sample, settings.batch_size)
-        )
+        bench.timed(program, point, bench.times_us(program))
         for program, point in zip(programs, points, strict=True)
     )

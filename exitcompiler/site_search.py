@@ -21,7 +21,8 @@ SETTLED: Final = 4
 """From how many of the best starts sweeps go on until the objective no longer falls."""
 
 NEXT_TO_NOTHING: Final = 0.002
-"""A site of a cascade whose absence raises the objective by less than this share is left out."""
+"""A site of a cascade whose absence raises the objective by less than this share of the reference's time is
+left out."""
 
 MOST_NETWORKS: Final = 5
 """Of more networks than this not every subset is a start."""
@@ -245,7 +246,7 @@ def search(
         begun += _first_steps(problem, allowed)
     begun = sorted((c for c in begun if _consistent(problem, c)), key=problem.objective_us)[:SETTLED]
     best, choices = min((_settle(problem, start, allowed) for start in begun), key=lambda pair: pair[0])
-    while (found := next(_fewer(problem, choices, allowed, best * (1.0 - 1e-9)), None)) is not None:
+    while (found := next(_fewer(problem, choices, allowed, best - 1e-9 * abs(best)), None)) is not None:
         best, choices = _settle(problem, found[1], allowed)
     plain = problem.objective_us(nothing)
     return (best, choices) if best < plain else (plain, nothing)
@@ -270,11 +271,11 @@ def frugal(problem: Problem, choices: Choices, allowed: Sequence[bool]) -> Choic
     """Do without sites that bring next to nothing: a network has to be kept in memory for them.
 
     Args:
-        problem: What to minimise; what is given up is at most ``NEXT_TO_NOTHING`` of it, all in all.
+        problem: What to minimise; at most ``NEXT_TO_NOTHING`` is given up, all in all.
         choices: Found by ``search``.
         allowed: Per site whether something may be decided there.
     """
-    bound = problem.objective_us(choices) * (1.0 + NEXT_TO_NOTHING)
+    bound = problem.objective_us(choices) + NEXT_TO_NOTHING * problem.costs.whole_us
     while True:
         fewer = min(_fewer(problem, choices, allowed, bound), key=lambda found: found[0], default=None)
         if fewer is None:
@@ -325,6 +326,8 @@ def _through(problem: Problem, networks: Sequence[int]) -> Choices | None:
         choices[end] = passing
         if number not in networks:  # skipped at its first site
             choices[topology.network_of.index(number)] = Choice((start,))
+    for place in range(topology.network_of.index(way[-1]), _end(problem, way[-1])):
+        choices[place] = Choice((place + 1,))
     choices[_end(problem, way[-1])] = Choice((OWN,))
     return tuple(choices)
 

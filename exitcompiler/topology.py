@@ -121,18 +121,56 @@ class Topology:
         except (nx.NetworkXNoPath, nx.NodeNotFound) as error:
             raise InputError(f"no way leads from network {start} to {end}", where="topology") from error
 
+    def connects(self, names: Collection[str]) -> bool:
+        """Whether networks, by the names of their ends, can stand alone: all are reached from the first."""
+        gone = [number for number, network in enumerate(self.networks) if network[-1] not in names]
+        graph = self._contracted(gone)
+        first = min(graph, default=0)
+        return all(number == first or graph.in_degree(number) for number in graph)
+
+    def closed(self, sites: Collection[str]) -> frozenset[str]:
+        """These sites, with the ends of networks that cannot be left out.
+
+        A network can, if the ways through it are still told apart afterwards: from one network that is left
+        at most one way leads through it. The first one can, if another one is then where all rows start.
+        """
+        found = frozenset(sites)
+        if self.tail:
+            return found
+        while True:
+            gone = {n for n, network in enumerate(self.networks) if not found.intersection(network)}
+            through = [n for n in gone if n and len([b for a, b in self.edges if a == n]) > 1]
+            needed = {n for n in through if not self._bypassed(n)}
+            left = [n for n in range(len(self.networks)) if n not in gone]
+            entered = {b for a, b in self._contracted(gone).edges}
+            if 0 in gone and any(n not in entered for n in left[1:]):
+                needed.add(0)
+            if not needed:
+                return found
+            found |= {self.networks[n][-1] for n in needed}
+
+    def _bypassed(self, network: int) -> bool:
+        """Whether every way through a network may also be taken past it."""
+        before = [a for a, b in self.edges if b == network]
+        after = [b for a, b in self.edges if a == network]
+        return all((a, b) in self.edges for a in before for b in after)
+
+    def _contracted(self, gone: Collection[int]) -> nx.DiGraph[int]:
+        """The networks without some, the ways through these kept."""
+        graph: nx.DiGraph[int] = nx.DiGraph(sorted(self.edges))
+        graph.add_nodes_from(range(len(self.networks)))
+        for number in sorted(gone):
+            before, after = list(graph.predecessors(number)), list(graph.successors(number))
+            graph.remove_node(number)
+            graph.add_edges_from((a, b) for a in before for b in after)
+        return graph
+
     def restrict(self, sites: Collection[str]) -> Topology:
         """The topology without the other sites; where a network goes, ways through it are kept."""
         left = [tuple(site for site in network if site in sites) for network in self.networks]
         if self.tail:
             return Topology(tuple(left), tail=True)
-        graph: nx.DiGraph[int] = nx.DiGraph(list(self.edges))
-        graph.add_nodes_from(range(len(left)))
-        for number, network in enumerate(left):
-            if not network:
-                before, after = list(graph.predecessors(number)), list(graph.successors(number))
-                graph.remove_node(number)
-                graph.add_edges_from((a, b) for a in before for b in after)
+        graph = self._contracted([number for number, network in enumerate(left) if not network])
         position = {number: index for index, number in enumerate(sorted(graph))}
         edges = frozenset((position[a], position[b]) for a, b in graph.edges)
         return Topology(tuple(network for network in left if network), edges)

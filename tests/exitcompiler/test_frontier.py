@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from score_tables import make_costs, make_table
 
 from exitcompiler.errors import CalibrationError, InputError
-from exitcompiler.evaluation import evaluate
-from exitcompiler.frontier import Frontier, FrontierPoint, pareto, sweep
+from exitcompiler.evaluation import evaluate, undominated
+from exitcompiler.frontier import Frontier, FrontierPoint, sweep
 from exitcompiler.gates import Recipe
 from exitcompiler.policies import Policy
 
@@ -159,7 +159,7 @@ def test_pareto_keeps_exactly_the_unbeaten(pairs: list[tuple[int, int]]) -> None
     plain = Policy.plain(table.topology)
     estimate = evaluate(plain, table, make_costs(table))
     points = [FrontierPoint(1.0, plain, float(d), float(t), estimate) for d, t in pairs]
-    kept = {(p.accuracy_drop, p.mean_us) for p in pareto(points)}
+    kept = {(p.accuracy_drop, p.mean_us) for p in undominated(points, lambda point: point)}
     unbeaten = {
         (d, t) for d, t in pairs if not any((a <= d and b <= t) and (a, b) != (d, t) for a, b in pairs)
     }
