@@ -4,6 +4,7 @@
 #   make test       lint, types, and every test that is not slow
 #   make test-all   the slow tests too
 #   make bench      the CIFAR-10 benchmark: make bench DATA=folder WEIGHTS=folder
+#   make bench-cascade  that of cascades, likewise
 #   make format     rewrite the code as `make lint` wants it
 #   make clean      remove what was built; `make distclean` also removes .venv
 
@@ -24,10 +25,10 @@ DATA ?=
 WEIGHTS ?=
 BENCH_ARGS ?=
 
-.PHONY: help setup demo test test-all lint types format bench clean distclean force
+.PHONY: help setup demo test test-all lint types format bench bench-cascade clean distclean force
 
 help:
-	@sed -n '3,8s/^#  *//p' Makefile
+	@sed -n '3,9s/^#  *//p' Makefile
 
 setup: $(REFRESHED)
 
@@ -74,6 +75,10 @@ format: setup
 bench: setup
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench DATA=folder WEIGHTS=folder"; exit 2; }
 	$(BIN)/python benchmarks/cifar10.py --data "$(DATA)" --weights "$(WEIGHTS)" $(BENCH_ARGS)
+
+bench-cascade: setup
+	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench-cascade DATA=folder WEIGHTS=folder"; exit 2; }
+	$(BIN)/python benchmarks/cifar10_cascade.py --data "$(DATA)" --weights "$(WEIGHTS)" $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info .mypy_cache docs/.mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -121,7 +121,7 @@ class Delivery:
         return worst
 
     def _faster_execution(self, compiled: CompiledModel) -> Execution:
-        """An engine per block or one engine of the one-file model: whichever measures faster for one row."""
+        """An engine per block, unless one engine of the one-file model is measurably faster for one row."""
         if compiled.backend.name == "torch":
             return "blocks"
         one_file = compiled.with_artifact(_with_execution(compiled.artifact, "single"))
@@ -131,7 +131,7 @@ class Delivery:
         self.findings.note(
             f"one row: an engine per block takes {blocks:.4f} ms, one engine of model.onnx {single:.4f} ms"
         )
-        return "single" if single < blocks else "blocks"
+        return "single" if times["speedup"]["lower"] > 1.0 else "blocks"
 
     def _complete(self, compiled: CompiledModel, certificate: Mapping[str, Any] | None) -> CompiledModel:
         """The same model with its report and certificate."""
