@@ -17,6 +17,7 @@ from exitcompiler.costs import CostModel
 from exitcompiler.errors import InputError
 from exitcompiler.evaluation import Evaluation, evaluate
 from exitcompiler.frontier import SPAN, Frontier, sweep
+from exitcompiler.gates import Recipe
 from exitcompiler.naming import OWN
 from exitcompiler.policies import Policy
 from exitcompiler.scores import ScoreTable
@@ -71,7 +72,7 @@ def all_families(
             "uniform": _picked(_chance(learn), learn, judge, costs),
             "soft oracle": _oracle(learn, judge, costs),
         },
-        "topologies": _sub_topologies(learn, judge, costs, steps),
+        "topologies": _sub_topologies(learn, judge, costs, frontier.recipe, steps),
         "networks": {name: [network_alone(judge, costs, name)] for name in _ends(topology)},
     }
 
@@ -111,14 +112,14 @@ def _oracle(learn: ScoreTable, judge: ScoreTable, costs: CostModel) -> list[Eval
 
 
 def _sub_topologies(
-    learn: ScoreTable, judge: ScoreTable, costs: CostModel, steps: int
+    learn: ScoreTable, judge: ScoreTable, costs: CostModel, recipe: Recipe, steps: int
 ) -> dict[str, list[Evaluation]]:
     """Every sub-topology, learned the same way as the whole."""
     networks = len(learn.topology.networks)
     jumping = [p for p in parts(learn.topology, chains=False, inner=True) if len(p.names) < networks]
     straight = [p for p in parts(learn.topology, chains=True, inner=True) if len(p.names) > 2]
     found = [*jumping, *straight]
-    tasks = [(part, learn, judge, costs, steps) for part in found]
+    tasks = [(part, learn, judge, costs, recipe, steps) for part in found]
     points = in_processes(_learn_part, tasks, os.cpu_count() or 1)
     return {part_title(part): evaluations for part, evaluations in zip(found, points, strict=True)}
 
@@ -129,10 +130,10 @@ def part_title(part: Part) -> str:
     return " > ".join(part.names) + ("" if chain else ", with jumps")
 
 
-def _learn_part(task: tuple[Part, ScoreTable, ScoreTable, CostModel, int]) -> list[Evaluation]:
-    part, learn, judge, costs, steps = task
+def _learn_part(task: tuple[Part, ScoreTable, ScoreTable, CostModel, Recipe, int]) -> list[Evaluation]:
+    part, learn, judge, costs, recipe, steps = task
     times = costs.restrict(learn.topology, part.topology)
-    frontier = sweep(part.table(learn), times, steps=steps, seed=SEED)
+    frontier = sweep(part.table(learn), times, recipes=(recipe,), steps=steps, seed=SEED)
     few, found = part.table(judge), []
     for limit in LIMITS:
         try:

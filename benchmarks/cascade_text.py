@@ -109,8 +109,8 @@ def _families(found: Mapping[str, Any]) -> str:
         f"{len(limits)} limits (drops of 0 to {100 * limits[-1]:.0f} points) and is judged on the "
         f"{found['judged_rows']:,} final rows. Myopic: a threshold on the max probability at every network "
         "of any chain, chosen together. Uniform: chance, in any chain. Sub-topologies are learned as the "
-        "whole is, at fewer trade-offs. Soft oracle: stops where this network and all "
-        "later ones of its chain are right, by their own answers; the learned cascade may also answer with "
+        "whole is, by the recipe that it came out with, at fewer trade-offs. Soft oracle: goes the shortest "
+        "way to the first network that is right together with all later ones, by their own answers; the learned cascade may also answer with "
         "several together, and so get past it. Area: mean least time over allowed drops of 0 "
         f"to 3 points, less is better. Learned as: {found['recipe']}.",
         "",
@@ -183,8 +183,11 @@ def _resplits(figures: Mapping[str, Any]) -> str:
     first = next(iter(found.values()))
     titles = {"asked": f"at most {100 * first['limit']:.1f} points", "not_lower": "not lower at all"}
     rows = {f"{n}, {titles[key]}": v["limits"][key] for n, v in found.items() for key in titles}
-    ways = [f"{n}: {len(v['recipes'])} recipes at {v['steps']} trade-offs" for n, v in found.items()]
-    return "\n".join([*resplit_lines(first, rows), "", f"Learned by, {'; '.join(ways)}."])
+    ways = [
+        f"{n}: {v['resplits']} re-splits, {v['recipes'][0]}, {v['steps']} trade-offs"
+        for n, v in found.items()
+    ]
+    return "\n".join([*resplit_lines(first, rows), "", f"{'; '.join(ways)}."])
 
 
 def _ideal(ideal: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from exitcompiler.compiler import Details
 from exitcompiler.costs import CostModel
 from exitcompiler.evaluation import evaluate
 from exitcompiler.frontier import sweep
-from exitcompiler.gates import RECIPES, Recipe
+from exitcompiler.gates import Recipe
 from exitcompiler.packaging import point_name
 from exitcompiler.scores import ScoreTable
 from exitcompiler.selection import Built, fit_within
@@ -48,7 +48,7 @@ def shares(details: Details, judge: ScoreTable) -> list[dict[str, Any]]:
     return found
 
 
-def resplit_cascade(job: Job, details: Details, table: ScoreTable, *, fully: bool) -> dict[str, Any]:
+def resplit_cascade(job: Job, details: Details, table: ScoreTable, count: int) -> dict[str, Any]:
     """Learn on a random half of the test rows, judge on the other half; many times, for two limits.
 
     Times are the measured costs of networks and heads; gates are learned once, without the rounds of
@@ -56,17 +56,15 @@ def resplit_cascade(job: Job, details: Details, table: ScoreTable, *, fully: boo
 
     Args:
         job: How many re-splits, how fine a sweep, and the limit; the other one is 0.
-        details: Of the cascade; only its measured times count, and where not ``fully`` its recipe.
+        details: Of the cascade; only its measured times count, and the recipe that it came out with.
         table: Scores on all test rows.
-        fully: Try all recipes at many trade-offs, as the compiler does; else the one that came out on the
-            development rows, at fewer.
+        count: How many re-splits.
     """
     assert details.costs is not None
     assert details.selection is not None
-    recipes = RECIPES if fully else (details.selection.frontier.recipe,)
-    steps = job.effort.sweep_steps if fully else job.effort.part_steps
+    recipes, steps = (details.selection.frontier.recipe,), job.effort.part_steps
     limit = job.effort.cascade_drop
-    tasks = [_Task(table, details.costs, seed, limit, recipes, steps) for seed in range(job.effort.resplits)]
+    tasks = [_Task(table, details.costs, seed, limit, recipes, steps) for seed in range(count)]
     results = in_processes(_resplit, tasks, os.cpu_count() or 1)
     return {
         "resplits": len(results),

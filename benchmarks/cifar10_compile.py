@@ -9,7 +9,7 @@ from typing import Any
 from cifar import AugmentedImages, load_resnet
 from cifar10_setup import SEED, THREADS, Job
 
-from exitcompiler.cascade import CascadeOptions, cascade_in_detail
+from exitcompiler.cascades import CascadeOptions, cascade_in_detail
 from exitcompiler.compiler import Details, compile_in_detail
 from exitcompiler.settings import Settings
 from exitcompiler.training import HeadRecipe

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exitcompiler.cascade import cascade as cascade
+    from exitcompiler.cascades import cascade as cascade
     from exitcompiler.compiler import compile as compile
     from exitcompiler.errors import ArtifactError as ArtifactError
     from exitcompiler.errors import BackendUnavailableError as BackendUnavailableError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "cascade": "exitcompiler.cascade",
+    "cascade": "exitcompiler.cascades",
     "compile": "exitcompiler.compiler",
     "load": "exitcompiler.runtime.loading",
     "split": "exitcompiler.splitting",

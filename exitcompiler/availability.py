@@ -13,7 +13,7 @@ from exitcompiler.fx_utils import BodyBuilder, nodes_by_name, result_nodes
 from exitcompiler.program import Block, Program
 from exitcompiler.views import between, dominators
 
-__all__ = ["extend_edges", "pass_along"]
+__all__ = ["extend_edges", "make_available", "pass_along"]
 
 
 def extend_edges(terminator: Terminator, more: Mapping[str, tuple[str, ...]]) -> Terminator:
@@ -25,6 +25,26 @@ def extend_edges(terminator: Terminator, more: Mapping[str, tuple[str, ...]]) ->
         return replace(way, values=way.values + more[way.target])
 
     return map_successors(terminator, extend)
+
+
+def make_available(program: Program, value: str, block: str) -> Program:
+    """Hand a value along to a block that a head or a gate reads it in; nothing to do where it is there.
+
+    Args:
+        program: Left as it is.
+        value: A param or result of some block.
+        block: Block name.
+
+    Raises:
+        PassError: No block has the value, or it does not exist on every way into ``block``.
+    """
+    if value in program.block(block).values:
+        return program
+    # In topological order: who makes a value comes before those that it was handed along to.
+    source = next((other.name for other in program.blocks if value in other.values), None)
+    if source is None:
+        raise PassError(f"a gate or a head reads {value!r}, which no block makes", where=f"block {block!r}")
+    return pass_along(program, value, source, block)
 
 
 def pass_along(program: Program, value: str, source: str, target: str) -> Program:

@@ -16,7 +16,7 @@ import networkx as nx
 from torch import fx
 
 from exitcompiler.candidates import Candidates
-from exitcompiler.committee import agreement_head, joint_head, own_head
+from exitcompiler.committee import HeadMaker
 from exitcompiler.controlflow import (
     RESERVED,
     Branch,
@@ -102,11 +102,11 @@ def cascade_program(members: Sequence[Member], edges: AbstractSet[tuple[int, int
     outputs = members[-1].network.program.outputs
     program = Program(dict(inputs), dict(outputs), tuple(blocks))
     verify(program)
-    earlier = _earlier(members, edges)
-    heads = _inner_heads(members, naming) | _end_heads(members, earlier)
+    end_heads, needs = _end_heads(members, _earlier(members, edges))
+    heads = _inner_heads(members, naming) | end_heads
     heads = {key: heads[key] for key in sorted(heads, key=lambda key: topology.sites.index(key[0]))}
     _require_distinct(program, heads)
-    return Candidates(program, topology, naming.block_of, heads, _needs(earlier))
+    return Candidates(program, topology, naming.block_of, heads, needs)
 
 
 def _sites(member: Member) -> tuple[str, ...]:
@@ -246,23 +246,22 @@ def _inner_heads(members: Sequence[Member], naming: _Naming) -> dict[HeadKey, Ex
     return heads
 
 
-def _end_heads(members: Sequence[Member], earlier: Mapping[str, Sequence[str]]) -> dict[HeadKey, ExitHead]:
-    classes = int(next(iter(members[0].network.program.outputs.values())).shape[1])
+def _end_heads(
+    members: Sequence[Member], earlier: Mapping[str, Sequence[str]]
+) -> tuple[dict[HeadKey, ExitHead], dict[HeadKey, tuple[str, ...]]]:
+    """The heads at the ends of networks, and which networks have to have answered before each."""
+    make = HeadMaker(int(next(iter(members[0].network.program.outputs.values())).shape[1]))
     heads: dict[HeadKey, ExitHead] = {}
+    needs: dict[HeadKey, tuple[str, ...]] = {}
     for name, before in earlier.items():
-        heads[name, OWN] = own_head(name, classes)
+        heads[name, OWN] = make.own(name)
         for others in _committees(before):
-            heads[name, together_with(others)] = joint_head(name, others, classes)
+            key = name, together_with(others)
+            heads[key], needs[key] = make.joint(name, others), others
         for other in before:
-            heads[name, agreement_with(other)] = agreement_head(name, other, classes)
-    return heads
-
-
-def _needs(earlier: Mapping[str, Sequence[str]]) -> dict[HeadKey, tuple[str, ...]]:
-    joint = {
-        (n, together_with(others)): others for n, before in earlier.items() for others in _committees(before)
-    }
-    return joint | {(n, agreement_with(other)): (other,) for n, before in earlier.items() for other in before}
+            key = name, agreement_with(other)
+            heads[key], needs[key] = make.agreement(name, other), (other,)
+    return heads, needs
 
 
 def _committees(earlier: Sequence[str]) -> list[tuple[str, ...]]:

@@ -7,8 +7,8 @@ a network agrees with an earlier one is no answer, but something for gates to re
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,115 +23,111 @@ from exitcompiler.naming import OWN, agreement_with, head_exit, together_with, v
 from exitcompiler.program import ExitHead
 from exitcompiler.scores import FEATURES
 
-__all__ = ["agreement_head", "joint_head", "own_head"]
+__all__ = ["HeadMaker"]
+
+_Function: TypeAlias = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 _CONFIDENCE = ValueSpec((BATCH, FEATURES), "float32")
 
 
-def own_head(network: str, classes: int) -> ExitHead:
-    """A network's own answer, with its confidence features.
+class HeadMaker:
+    """Makes the heads of one cascade.
 
-    Reads the network's logits and answers with that very value; only the confidence is computed.
-
-    Args:
-        network: Its name.
-        classes: How many.
-    """
-    confidence = value_name(network, OWN, "confidence")
-    body = _named(_own_body(classes), [network], [confidence])
-    return ExitHead(
-        head_exit(network, OWN), body, {confidence: _CONFIDENCE}, (value_name(network, OWN, "logits"),)
-    )
-
-
-def joint_head(network: str, others: Sequence[str], classes: int) -> ExitHead:
-    """The mean of a network's and earlier ones' probabilities, as logits, with confidence features.
-
-    In the graph what ``committee_scores.joint_logits`` computes.
+    Bodies differ between networks in names only, and tracing one takes a quarter of a second: each is
+    traced once, and then copied under other names.
 
     Args:
-        network: Its name.
-        others: Names of networks that have answered before.
         classes: How many.
     """
-    kind = together_with(others)
-    logits, confidence = value_name(network, kind, "logits"), value_name(network, kind, "confidence")
-    networks = [network, *others]
-    body = _named(_joint_body(len(networks), classes), networks, [logits, confidence])
-    return ExitHead(
-        head_exit(network, kind), body, {logits: _logits(classes), confidence: _CONFIDENCE}, (logits,)
-    )
+
+    def __init__(self, classes: int) -> None:
+        self._logits = ValueSpec((BATCH, classes), "float32")
+        self._traced: dict[tuple[_Function, int], fx.GraphModule] = {}
+
+    def own(self, network: str) -> ExitHead:
+        """A network's own answer, with its confidence features.
+
+        Reads the network's logits and answers with that very value; only the confidence is computed.
+
+        Args:
+            network: Its name.
+
+        Raises:
+            UnsupportedModelError: The head cannot be exported.
+        """
+        confidence = value_name(network, OWN, "confidence")
+        body = self._body(_confidence, [network], [confidence])
+        logits = value_name(network, OWN, "logits")
+        return ExitHead(head_exit(network, OWN), body, {confidence: _CONFIDENCE}, (logits,))
+
+    def joint(self, network: str, others: Sequence[str]) -> ExitHead:
+        """The mean of a network's and earlier ones' probabilities, as logits, with confidence features.
+
+        ``log((1/m) sum_i softmax(logits_i))``, by the log-softmax of each, so that nothing becomes infinite
+        where a probability underflows to zero.
+
+        Args:
+            network: Its name.
+            others: Names of networks that have answered before.
+
+        Raises:
+            UnsupportedModelError: The head cannot be exported.
+        """
+        kind = together_with(others)
+        logits, confidence = value_name(network, kind, "logits"), value_name(network, kind, "confidence")
+        body = self._body(_joint, [network, *others], [logits, confidence])
+        results = {logits: self._logits, confidence: _CONFIDENCE}
+        return ExitHead(head_exit(network, kind), body, results, (logits,))
+
+    def agreement(self, network: str, other: str) -> ExitHead:
+        """How far a network agrees with an earlier one: three features for gates, and no answer.
+
+        The formula stands with ``exitcompiler.scores.Agreement``.
+
+        Args:
+            network: Its name.
+            other: Name of a network that has answered before.
+
+        Raises:
+            UnsupportedModelError: The head cannot be exported.
+        """
+        kind = agreement_with(other)
+        confidence = value_name(network, kind, "confidence")
+        body = self._body(_agreement, [network, other], [confidence])
+        return ExitHead(head_exit(network, kind), body, {confidence: _CONFIDENCE}, ())
+
+    def _body(self, function: _Function, networks: Sequence[str], results: Sequence[str]) -> fx.GraphModule:
+        """The function on the logits of these networks, with its results called so."""
+        key = function, len(networks)
+        if key not in self._traced:
+            reads = [f"logits_{number}" for number in range(len(networks))]
+            made = [f"result_{number}" for number in range(len(results))]
+            specs = dict.fromkeys(reads, self._logits)
+            self._traced[key] = trace_body(FunctionModule(function, reads), specs, made)
+        body = self._traced[key]
+        reads = [node.name for node in body.graph.nodes if node.op == "placeholder"]
+        made = [node.name for node in result_nodes(body)]
+        names = [*(value_name(name, OWN, "logits") for name in networks), *results]
+        return extract_body(body, reads, made, rename=dict(zip((*reads, *made), names, strict=True)))
 
 
-def agreement_head(network: str, other: str, classes: int) -> ExitHead:
-    """How far a network agrees with an earlier one: three features for gates, and no answer.
-
-    In the graph what ``committee_scores.agreement_features`` computes.
-
-    Args:
-        network: Its name.
-        other: Name of a network that has answered before.
-        classes: How many.
-    """
-    kind = agreement_with(other)
-    confidence = value_name(network, kind, "confidence")
-    body = _named(_agreement_body(classes), [network, other], [confidence])
-    return ExitHead(head_exit(network, kind), body, {confidence: _CONFIDENCE}, ())
+def _confidence(logits: Tensor) -> Tensor:
+    _, confidence = Confidence(nn.Identity())(logits)
+    assert isinstance(confidence, Tensor)
+    return confidence
 
 
-def _logits(classes: int) -> ValueSpec:
-    return ValueSpec((BATCH, classes), "float32")
+def _joint(*logits: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = torch.stack([F.log_softmax(scores, dim=1) for scores in logits])
+    # By hand, since not every backend takes the largest term out of a ReduceLogSumExp.
+    top = log_p.amax(dim=0)
+    joint = top + (log_p - top).exp().sum(dim=0).log() - math.log(len(logits))
+    return joint, _confidence(joint)
 
 
-def _named(body: fx.GraphModule, networks: Sequence[str], results: Sequence[str]) -> fx.GraphModule:
-    """The body that reads the logits of these networks, and whose results are called so."""
-    reads = [node.name for node in body.graph.nodes if node.op == "placeholder"]
-    made = [node.name for node in result_nodes(body)]
-    names = [*(value_name(name, OWN, "logits") for name in networks), *results]
-    return extract_body(body, reads, made, rename=dict(zip((*reads, *made), names, strict=True)))
-
-
-# Bodies differ between networks in names only: each is traced once, which takes a quarter of a second.
-
-
-@cache
-def _own_body(classes: int) -> fx.GraphModule:
-    features = Confidence(nn.Identity())
-
-    def confidence(logits: Tensor) -> Tensor:
-        _, found = features(logits)
-        assert isinstance(found, Tensor)
-        return found
-
-    return trace_body(FunctionModule(confidence, ["logits"]), {"logits": _logits(classes)}, ["confidence"])
-
-
-@cache
-def _joint_body(count: int, classes: int) -> fx.GraphModule:
-    features = Confidence(nn.Identity())
-
-    def answer(*logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = torch.stack([F.log_softmax(scores, dim=1) for scores in logits])
-        # By hand, since not every backend takes the largest term out of a ReduceLogSumExp.
-        top = log_p.amax(dim=0)
-        joint = top + (log_p - top).exp().sum(dim=0).log() - math.log(len(logits))
-        _, confidence = features(joint)
-        return joint, confidence
-
-    reads = [f"logits_{number}" for number in range(count)]
-    specs = dict.fromkeys(reads, _logits(classes))
-    return trace_body(FunctionModule(answer, reads), specs, ["joint", "confidence"])
-
-
-@cache
-def _agreement_body(classes: int) -> fx.GraphModule:
-    def agreement(this: Tensor, earlier: Tensor) -> Tensor:
-        p, q = this.softmax(dim=1), earlier.softmax(dim=1)
-        # The largest logit, not probability: rounded, two probabilities may be equal.
-        of_this, of_other = this.argmax(dim=1, keepdim=True), earlier.argmax(dim=1, keepdim=True)
-        overlap = (p * q).sum(dim=1, keepdim=True)
-        return torch.cat([q.gather(1, of_this), p.gather(1, of_other), overlap], dim=1)
-
-    reads = ["this", "earlier"]
-    specs = dict.fromkeys(reads, _logits(classes))
-    return trace_body(FunctionModule(agreement, reads), specs, ["confidence"])
+def _agreement(this: Tensor, earlier: Tensor) -> Tensor:
+    p, q = this.softmax(dim=1), earlier.softmax(dim=1)
+    # The largest logit, not probability: rounded, two probabilities may be equal.
+    of_this, of_other = this.argmax(dim=1, keepdim=True), earlier.argmax(dim=1, keepdim=True)
+    overlap = (p * q).sum(dim=1, keepdim=True)
+    return torch.cat([q.gather(1, of_this), p.gather(1, of_other), overlap], dim=1)

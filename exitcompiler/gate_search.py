@@ -323,7 +323,7 @@ def best_shifts(
     action_us: Float64Array,
     arrives: BoolArray,
     resolution: float = SCORE_RESOLUTION,
-    sweeps: int = 3,
+    sweeps: int = 2,
 ) -> tuple[float, Float64Array]:
     """Biases for given linear scores, one action at a time, each the best that there is for the others.
 

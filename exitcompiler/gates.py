@@ -155,8 +155,8 @@ class Learner:
                 if len(ways) > 1:
                     actions: tuple[Action, ...] = (kind, *ways)
                     cost = np.stack([problem.action_us(place, a, later_us) for a in actions], axis=1)
-                    found = [cost_plane(self.table, actions, read, cost, arrives) for read in reads]
-                    planes[site] = (*planes.get(site, ()), *found)
+                    found = cost_plane(self.table, actions, reads[-1], cost, arrives)
+                    planes[site] = (*planes.get(site, ()), found)
         return replace(problem, directions=directions, planes=planes)
 
     def _earlier(

@@ -26,6 +26,9 @@ __all__ = ["Model", "Network", "read_networks"]
 
 Model: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike[str]
 
+_RESERVED: Final = "/+:"
+"""They stand in names of exits, of heads, and of edges: ``a/layer1``, ``with a+b``, ``a:b``."""
+
 _TRANSFORM: Final = "say how to make its inputs from the cascade's: transforms=[None, ..., function]"
 
 
@@ -61,7 +64,8 @@ def read_networks(
     Args:
         models: Modules, exported programs, or paths of ``.pt2`` files with a dynamic batch; two at least.
         example: Rows of calibration data, batch first: a tensor, a tuple, or a dict by name.
-        names: One per network; by default the class's or the file's name, numbered where it comes twice.
+        names: One per network, without ``/``, ``+`` and ``:``, which mean something in the names of exits,
+            heads and edges; by default the class's or the file's name, numbered where it comes twice.
         transforms: Per network a function or module from the cascade's input tensors, in order, to the
             network's (one tensor, or a tuple in the order of its parameters), or None. It becomes
             a part of the graph; its state is frozen.
@@ -213,7 +217,7 @@ def _default_names(models: Sequence[Model]) -> tuple[str, ...]:
             stem = Path(model).stem
         else:
             stem = "network" if isinstance(model, ExportedProgram) else type(model).__name__
-        stem = re.sub(r"[/+]", "-", stem)
+        stem = re.sub(f"[{_RESERVED}]", "-", stem)
         name, count = stem, 1
         while identifier(name) in map(identifier, names):
             count += 1
@@ -225,9 +229,13 @@ def _default_names(models: Sequence[Model]) -> tuple[str, ...]:
 def _checked_names(names: Sequence[str], count: int) -> tuple[str, ...]:
     if len(names) != count:
         raise InputError(f"{len(names)} names for {count} networks", where="names")
-    bad = [name for name in names if not name or "/" in name or "+" in name]
+    bad = [name for name in names if not isinstance(name, str) or not name or set(name) & set(_RESERVED)]
     if bad:
-        raise InputError(f"{bad} cannot name a network", where="names", remedy="leave out '/' and '+'")
+        raise InputError(
+            f"{bad} cannot name a network",
+            where="names",
+            remedy=f"give strings that are not empty and hold none of {' '.join(_RESERVED)}",
+        )
     seen = Counter(identifier(name) for name in names)
     alike = [name for name in names if seen[identifier(name)] > 1]
     if alike:

@@ -105,7 +105,9 @@ class Agreement:
     """How far a network agrees with one that ran before it, on all rows.
 
     Args:
-        confidence: ``float32[n, 3]``: see ``exitcompiler.committee_scores.agreement_features``.
+        confidence: ``float32[n, 3]``, in 0..1. With ``p``, ``q`` the softmax of this network and of the
+            other: ``(q[argmax p], p[argmax q], sum_c p[c] q[c])``. Of equally likely classes the first
+            counts.
         needs: The other network's site.
     """
 

@@ -244,8 +244,11 @@ def search(
     begun = [_sweep(problem, nothing, allowed), *starts]
     if explore or len(problem.table.topology.networks) == 1:
         begun += _first_steps(problem, allowed)
-    begun = sorted((c for c in begun if _consistent(problem, c)), key=problem.objective_us)[:SETTLED]
-    best, choices = min((_settle(problem, start, allowed) for start in begun), key=lambda pair: pair[0])
+    begun = sorted((c for c in begun if _consistent(problem, c)), key=problem.objective_us)
+    # One sweep says little about what a start comes to: of every first network the best goes on too.
+    firsts = {_first(problem, start): start for start in reversed(begun)}
+    settled = [*begun[:SETTLED], *(s for s in firsts.values() if not any(s is b for b in begun[:SETTLED]))]
+    best, choices = min((_settle(problem, start, allowed) for start in settled), key=lambda pair: pair[0])
     while (found := next(_fewer(problem, choices, allowed, best - 1e-9 * abs(best)), None)) is not None:
         best, choices = _settle(problem, found[1], allowed)
     plain = problem.objective_us(nothing)
@@ -256,13 +259,15 @@ def _fewer(
     problem: Problem, choices: Choices, allowed: Sequence[bool], below: float
 ) -> Iterator[tuple[float, Choices, tuple[bool, ...]]]:
     """Choices with a site less, their objective if below a bound, and where something may be decided then."""
+    # Where many networks are to be tried without, one sweep each has to do.
+    sweeps = 3 if len(problem.table.topology.networks) == 1 else 1
     for place, choice in enumerate(choices):
         if not choice.reads and (choice.targets or not problem.table.topology.ways[place]):
             continue
         without = tuple(index != place and ok for index, ok in enumerate(allowed))
         start = _without(problem, choices, place)
         if _consistent(problem, start):
-            value, trial = _settle(problem, start, without, 3)
+            value, trial = _settle(problem, start, without, sweeps)
             if value < below:
                 yield value, trial, without
 
@@ -281,6 +286,15 @@ def frugal(problem: Problem, choices: Choices, allowed: Sequence[bool]) -> Choic
         if fewer is None:
             return choices
         _, choices, allowed = fewer
+
+
+def _first(problem: Problem, choices: Choices) -> int:
+    """The network that every row runs first."""
+    running = problem.running(choices)
+    place = 0
+    while not running[place]:
+        (place,) = choices[place].targets
+    return problem.table.topology.network_of[place]
 
 
 def _first_steps(problem: Problem, allowed: Sequence[bool]) -> Iterator[Choices]:

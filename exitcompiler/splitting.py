@@ -109,7 +109,8 @@ def split(program: CompiledModel | str | os.PathLike[str], edge: Pair | str) -> 
             that lead there are cut.
 
     Raises:
-        InputError: There is no such edge, or the program cannot be cut there; names the edges that can.
+        InputError: There is no such edge, a text may mean several, or the program cannot be cut there; names
+            the edges that can.
         ArtifactError: The artifact cannot be read, or the program is forced to one exit.
         BackendUnavailableError: Nothing here can run the artifact.
     """
@@ -180,13 +181,35 @@ def _find(flow: ControlFlow, edge: Pair | str) -> list[CutEdge]:
             remedy="split the whole program elsewhere, or the far part",
         )
     edges = edges_of(flow)
-    name = edge if isinstance(edge, str) else ":".join(edge)
-    found = [e for e in edges if name in (e.name, e.target)]
+    if isinstance(edge, str):
+        name = edge
+        found = _matching(edges, name)
+    else:
+        name = ":".join(edge)
+        found = [e for e in edges if (e.source, e.target) == tuple(edge)]
     wrong = [e for e in found if e.obstacle is not None]
     if not found or wrong:
         what = f"cannot be cut at {wrong[0].name}: {wrong[0].obstacle}" if wrong else f"has no edge {name!r}"
         raise InputError(f"the program {what}", where="split", remedy=_choices(edges))
     return found
+
+
+def _matching(edges: Sequence[CutEdge], text: str) -> list[CutEdge]:
+    """What a text stands for: one edge, or all that lead to a block."""
+    named = [[edge] for edge in edges if edge.name == text]
+    leading = [edge for edge in edges if edge.target == text]
+    meanings = [*named, leading] if leading else named
+    if len(meanings) > 1:  # block names may hold a colon
+        listed = " or ".join(
+            "all edges to " + repr(text) if found is leading else repr((found[0].source, found[0].target))
+            for found in meanings
+        )
+        raise InputError(
+            f"{text!r} may mean {listed}",
+            where="split",
+            remedy="from Python name the edge as a pair of blocks; or name networks without ':'",
+        )
+    return meanings[0] if meanings else []
 
 
 def _choices(edges: Sequence[CutEdge]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from exitcompiler.availability import pass_along
+from exitcompiler.availability import make_available
 from exitcompiler.controlflow import (
     Branch,
     ConstantGate,
@@ -67,7 +67,7 @@ def insert_exits(
 def _attach(program: Program, name: str, heads: Sequence[ExitHead], *, final: bool) -> Program:
     for head in heads:
         for value in _reads(head):
-            program = _make_available(program, value, name)
+            program = make_available(program, value, name)
     block = program.block(name)
     body, results = block.body, dict(block.results)
     for head in heads:
@@ -84,15 +84,6 @@ def _attach(program: Program, name: str, heads: Sequence[ExitHead], *, final: bo
 
 def _reads(head: ExitHead) -> list[str]:
     return [node.name for node in head.body.graph.nodes if node.op == "placeholder"]
-
-
-def _make_available(program: Program, value: str, target: str) -> Program:
-    if value in program.block(target).values:
-        return program
-    source = next((block.name for block in program.blocks if value in block.values), None)
-    if source is None:
-        raise PassError(f"a head reads {value!r}, which no block makes", where=f"block {target!r}")
-    return pass_along(program, value, source, target)
 
 
 def _with_answers(block: Block, answers: tuple[Return, ...], *, final: bool) -> Terminator:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from exitcompiler.availability import pass_along
+from exitcompiler.availability import make_available
 from exitcompiler.controlflow import Branch, Gate, Jump, Return, Successor, Terminator, successors
 from exitcompiler.errors import PassError
 from exitcompiler.passes.base import PassResult
@@ -69,7 +69,9 @@ def set_gates(program: Program, settings: Mapping[str, BranchSetting]) -> Progra
     live = reachable(program)
     program = replace(program, blocks=tuple(block for block in program.blocks if block.name in live))
     for name in [name for name in changed if name in live]:
-        program = _make_available(program, name)
+        terminator = program.block(name).terminator
+        for value in terminator.gate.reads if isinstance(terminator, Branch) else ():
+            program = make_available(program, value, name)
     return program
 
 
@@ -106,19 +108,6 @@ def _find(block: Block, name: str) -> Successor:
             remedy=f"ways: {', '.join(its_name for its_name, _ in ways)}",
         )
     return found[0]
-
-
-def _make_available(program: Program, target: str) -> Program:
-    terminator = program.block(target).terminator
-    reads = terminator.gate.reads if isinstance(terminator, Branch) else ()
-    for value in reads:
-        if value in program.block(target).values:
-            continue
-        source = next((block.name for block in program.blocks if value in block.results), None)
-        if source is None:
-            raise PassError(f"the gate reads {value!r}, which no block makes", where=f"block {target!r}")
-        program = pass_along(program, value, source, target)
-    return program
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from itertools import combinations
 
 import networkx as nx
 import numpy as np
+from committee_scores import agreement_features, joint_logits
 
-from exitcompiler.committee_scores import agreement_features, joint_logits
 from exitcompiler.costs import CostModel
-from exitcompiler.policies import GoOn, Leave, LinearRule, Policy, leave_above
 from exitcompiler.naming import OWN, agreement_with, together_with
+from exitcompiler.policies import GoOn, Leave, LinearRule, Policy, leave_above
 from exitcompiler.scores import Agreement, HeadKey, HeadScores, ScoreTable
 from exitcompiler.topology import Topology
 

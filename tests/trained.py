@@ -1,4 +1,4 @@
-"""A small network that is really trained, on images that are easy or hard by a known amount."""
+"""Small networks that are really trained, on images that are easy or hard by a known amount."""
 
 from __future__ import annotations
 
@@ -58,12 +58,22 @@ def stripes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def trained_network() -> SmallResNet:
     """The network after four short epochs, the same in every test."""
+    return _trained(16, 8, rate=8e-3)
+
+
+@functools.cache
+def trained_family() -> tuple[SmallResNet, ...]:
+    """Three networks for the same images, cheap to expensive, each better than the one before it."""
+    return _trained(4, 1, rate=2e-2), _trained(8, 2, rate=1e-2), trained_network()
+
+
+def _trained(width: int, blocks: int, rate: float) -> SmallResNet:
     torch.manual_seed(0)
-    model = SmallResNet()
+    model = SmallResNet(width, blocks)
     x, y = (torch.from_numpy(part) for part in stripes(3000, seed=1))
     starts = [*range(0, 3000, 60)] * 4
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=len(starts))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=len(starts))
     for start in starts:
         loss = F.cross_entropy(model(x[start : start + 60]), y[start : start + 60])
         optimizer.zero_grad()

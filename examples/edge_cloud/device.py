@@ -12,8 +12,9 @@ import http.client
 import queue
 import socket
 import threading
+import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ from exitcompiler.runtime.hand_over import hand_over_of
 __all__ = ["FALL_BACK", "FAR", "NEAR", "Answer", "EdgeModel", "FarSideError"]
 
 NEAR, FAR, FALL_BACK = "near", "far", "fall-back"
+THREAD = "ask the far side"
 
 
 class FarSideError(Exception):
@@ -58,7 +60,8 @@ class EdgeModel:
     Args:
         near: As loaded.
         url: Of the far side: ``http://host:port``.
-        timeout_s: How long to wait for it, all in all: name look-up, connection, answer.
+        timeout_s: How long one `run` waits for it, all in all: name look-up, connection and answer, of all
+            its requests together.
         most_rows: Rows per request, at most; those of a larger batch go in several.
 
     Raises:
@@ -71,13 +74,10 @@ class EdgeModel:
         part = near.manifest.part
         if part is None or part.kind != "near":
             raise InputError("this is not the near part of a split program", where="device")
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise InputError(f"{url!r} is not http://host:port", where="device")
         self._near = near
         self._hand_over = hand_over_of(near.manifest)
         self._specs = wire.answer_specs(near.manifest.outputs)
-        self._address = (parts.hostname, parts.port or 80)
+        self._address = _address(url)
         self._timeout_s = timeout_s
         self._most_rows = most_rows
 
@@ -92,22 +92,23 @@ class EdgeModel:
         failure: str | None = None
         rows, values = result.handed_over.rows, result.handed_over.values
         source[rows] = FALL_BACK
+        deadline = time.monotonic() + self._timeout_s
         for start in range(0, len(rows), self._most_rows):
             asked = slice(start, start + self._most_rows)
             try:
-                logits, names = self._ask({name: value[asked] for name, value in values.items()})
+                logits, names = self._ask({name: value[asked] for name, value in values.items()}, deadline)
             except FarSideError as error:
                 failure = str(error)
-                break  # the rest would wait as long again
+                break  # the rest would fare no better
             outputs[rows[asked]], source[rows[asked]] = logits, FAR
             for row, name in zip(rows[asked], names, strict=True):
                 exits[row] = name
         return Answer(outputs, source, exits, failure)
 
-    def _ask(self, values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
+    def _ask(self, values: Mapping[str, np.ndarray], deadline: float) -> tuple[np.ndarray, list[str]]:
         """The far side's logits for some rows, and the names of their exits."""
         count = len(next(iter(values.values())))
-        answer = self._post(wire.encode(values, self._hand_over.whole), count)
+        answer = self._post(wire.encode(values, self._hand_over.whole), count, deadline)
         try:
             arrays, exits = wire.decode(answer, self._specs, self._hand_over.whole)
         except wire.MessageError as error:
@@ -122,49 +123,104 @@ class EdgeModel:
             raise FarSideError("malformed answer: not finite")
         return logits, [exits[i] for i in index]
 
-    def _post(self, message: bytes, rows: int) -> bytes:
-        """Post a message from a thread that nobody waits for longer than the time-out.
+    def _post(self, message: bytes, rows: int, deadline: float) -> bytes:
+        """Post a message from a thread that nobody waits for longer than until the deadline.
 
         A socket's own time-out is one per read: a far side that sends a byte now and then would never
         run into it, and looking up a name has none.
         """
-        connection = http.client.HTTPConnection(*self._address, timeout=self._timeout_s)
-        found: queue.SimpleQueue[bytes | FarSideError] = queue.SimpleQueue()
-        limit = wire.message_limit_bytes(self._specs, rows)
-        arguments = (connection, message, limit, found)
-        threading.Thread(target=_post, args=arguments, daemon=True).start()
+        late = FarSideError(f"no answer within {self._timeout_s:g} s")
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise late
+        connection = http.client.HTTPConnection(*self._address, timeout=left_s)
+        found: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+        limit, line = wire.message_limit_bytes(self._specs, rows), _Line()
+        arguments = (connection, message, limit, line, found)
+        threading.Thread(target=_post, args=arguments, name=THREAD, daemon=True).start()
         try:
-            answer = found.get(timeout=self._timeout_s)
+            answer = found.get(timeout=left_s)
         except queue.Empty:
-            if connection.sock is not None:
-                with suppress(OSError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)  # ends the thread's waiting, too
-            raise FarSideError(f"no answer within {self._timeout_s:g} s") from None
+            line.cut()
+            raise late from None
+        if isinstance(answer, bytes):
+            return answer
+        if isinstance(answer, TimeoutError):
+            raise late from answer
         if isinstance(answer, FarSideError):
             raise answer
-        return answer
+        raise FarSideError(f"cannot be asked: {answer or type(answer).__name__}") from answer
+
+
+class _Line:
+    """The socket of a request, for the thread that does not want to wait for it any longer.
+
+    A duplicate of its own: http.client lets go of the socket, and closes it, when it sees fit, and the number
+    of a closed one may by then belong to another.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._is_cut = False
+
+    def hold(self, connected: socket.socket) -> None:
+        """Take the socket; TimeoutError: nobody waits any more."""
+        with self._lock:
+            if self._is_cut:
+                raise TimeoutError
+            self._socket = connected.dup()
+
+    def cut(self) -> None:
+        """End whatever waits for the socket, now or later."""
+        with self._lock:
+            self._is_cut = True
+            if self._socket is not None:
+                with suppress(OSError):  # the far side may have hung up
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the duplicate."""
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
 
 
 def _post(
     connection: http.client.HTTPConnection,
     message: bytes,
     limit: int,
-    found: queue.SimpleQueue[bytes | FarSideError],
+    line: _Line,
+    found: queue.SimpleQueue[bytes | Exception],
 ) -> None:
     try:
-        connection.request("POST", wire.PATH, message, {"Content-Type": "application/octet-stream"})
-        response = connection.getresponse()
-        content = response.read(limit + 1)
+        with closing(line), closing(connection):
+            connection.connect()
+            line.hold(connection.sock)
+            connection.request("POST", wire.PATH, message, {"Content-Type": "application/octet-stream"})
+            with connection.getresponse() as response:
+                content = response.read(limit + 1)
         if response.status == 200:
             found.put(content)
         else:
             found.put(FarSideError(f"status {response.status}: {content[:200].decode(errors='replace')}"))
-    except TimeoutError:
-        found.put(FarSideError("no answer in time"))
     except (OSError, http.client.HTTPException) as error:
-        found.put(FarSideError(f"cannot be asked: {error or type(error).__name__}"))
-    finally:
-        connection.close()
+        found.put(error)
+
+
+def _address(url: str) -> tuple[str, int]:
+    """Host and port of a URL that says nothing else."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", 80 if parts.port is None else parts.port
+        host.encode("idna")  # as the look-up will
+    except ValueError as error:
+        raise InputError(f"{url!r} is not http://host:port: {error}", where="device") from error
+    more = parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc
+    if parts.scheme != "http" or not host or not port or more:
+        raise InputError(f"{url!r} is not http://host:port", where="device")
+    return host, port
 
 
 def main() -> None:

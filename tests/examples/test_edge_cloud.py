@@ -7,6 +7,7 @@ import importlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,7 +58,10 @@ def serving(server: ThreadingHTTPServer) -> Iterator[str]:
 
 @contextmanager
 def answering(content: bytes, status: int = 200, wait: threading.Event | None = None) -> Iterator[str]:
-    """A far side that says always the same; one byte at a time until ``wait`` is set."""
+    """A far side that says always the same; one byte at a time until ``wait`` is set.
+
+    As HTTP/1.0 without a length, so that the client hands the connection over to the response.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -79,6 +83,14 @@ def answering(content: bytes, status: int = 200, wait: threading.Event | None = 
 
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
         yield url
+
+
+def wait_for_threads(name: str) -> None:
+    """Wait until no thread whose name holds this is left; those that never end fail the test."""
+    for thread in threading.enumerate():
+        if name in thread.name:
+            thread.join(PATIENT_S)
+            assert not thread.is_alive()
 
 
 def check_fall_back(answer: Any, whole: CompiledModel, parts: Split, rows: np.ndarray) -> None:
@@ -125,13 +137,60 @@ def test_the_far_side_is_too_slow(example: dict[str, Any], whole: CompiledModel,
     with answering(b"", wait=never) as url:  # it goes on sending, and would for ever
         answer = example["device"].EdgeModel(parts.near, url, timeout_s=0.2, most_rows=1).run(rows)
         check_fall_back(answer, whole, parts, rows)
-        never.set()
+        wait_for_threads(example["device"].THREAD)
+        wait_for_threads("process_request_thread")  # the server's: nobody listens to it any more
     assert answer.failure == "no answer within 0.2 s"
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes the connection and says nothing
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         check_fall_back(
             example["device"].EdgeModel(parts.near, url, timeout_s=0.1).run(rows), whole, parts, rows
         )
+        wait_for_threads(example["device"].THREAD)
+
+
+def test_the_time_out_holds_for_all_requests_together(
+    example: dict[str, Any], whole: CompiledModel, parts: Split
+) -> None:
+    rows, pause_s, timeout_s = random_rows(40), 0.15, 0.5
+    server = example["cloud"].Cloud(parts.far)
+    answer_at_once = server.answer
+
+    def answer_late(message: bytes) -> bytes:
+        time.sleep(pause_s)
+        content: bytes = answer_at_once(message)
+        return content
+
+    server.answer = answer_late
+    with serving(server) as url:
+        answer = example["device"].EdgeModel(parts.near, url, timeout_s=timeout_s, most_rows=1).run(rows)
+        wait_for_threads(example["device"].THREAD)
+    handed_over = parts.near.run(rows).handed_over.rows
+    late = np.flatnonzero(answer.source == "fall-back")
+    answered = len(handed_over) - len(late)
+    assert answered <= timeout_s / pause_s < len(handed_over)
+    np.testing.assert_array_equal(late, handed_over[answered:])
+    assert answer.failure == "no answer within 0.5 s"
+    rest = np.delete(np.arange(len(rows)), late)
+    np.testing.assert_array_equal(answer.outputs[rest], whole(rows)[rest])
+
+
+def test_a_connection_is_cut_whenever_it_comes(example: dict[str, Any]) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(PATIENT_S)
+    with ours, theirs:
+        line = example["device"]._Line()
+        line.hold(ours)
+        ours.close()  # as http.client does
+        line.cut()
+        assert theirs.recv(1) == b""
+        line.close()
+        line.cut()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        line = example["device"]._Line()
+        line.cut()
+        with pytest.raises(TimeoutError):
+            line.hold(ours)
 
 
 def test_the_far_side_answers_nonsense(example: dict[str, Any], whole: CompiledModel, parts: Split) -> None:
@@ -238,8 +297,26 @@ def test_only_the_right_part_is_taken(example: dict[str, Any], parts: Split) -> 
     for wrong in (parts.far, other):
         with pytest.raises(InputError, match="not the near part"):
             example["device"].EdgeModel(wrong, "http://127.0.0.1:1")
-    with pytest.raises(InputError, match="not http://host:port"):
-        example["device"].EdgeModel(parts.near, "ftp://127.0.0.1")
+
+
+@pytest.mark.parametrize("url", [
+    "ftp://127.0.0.1", "127.0.0.1:80", "http://", "http://:80", "http://host:99999", "http://host:-1",
+    "http://host:port", "http://host:0", "http://[::1", "http://a..b", "http://me@host", "http://host/path",
+    "http://host?key=1", "http://host:80/?key=1", "http://host#part",
+])  # fmt: skip
+def test_urls_that_say_something_else(example: dict[str, Any], parts: Split, url: str) -> None:
+    with pytest.raises(InputError, match="is not http://host:port"):
+        example["device"].EdgeModel(parts.near, url)
+
+
+@pytest.mark.parametrize(("url", "address"), [
+    ("http://host:8000", ("host", 8000)), ("http://host:8000/", ("host", 8000)),
+    ("http://host", ("host", 80)), ("http://[::1]:99", ("::1", 99)),
+])  # fmt: skip
+def test_urls_that_say_where(
+    example: dict[str, Any], parts: Split, url: str, address: tuple[str, int]
+) -> None:
+    assert example["device"].EdgeModel(parts.near, url)._address == address
 
 
 def test_the_device_from_the_command_line(

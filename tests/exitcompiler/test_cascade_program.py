@@ -8,13 +8,23 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from committee_scores import joint_logits
 from models import CLASSES, depthwise, images, resnet, vit
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from exitcompiler import committee
 from exitcompiler.candidates import Candidates
 from exitcompiler.cascade_program import Member, cascade_program
-from exitcompiler.committee_scores import joint_logits
-from exitcompiler.controlflow import BlockInterface, ConstantGate, Edge, Jump, LinearGate, Return, successors
+from exitcompiler.controlflow import (
+    BlockInterface,
+    ConstantGate,
+    Edge,
+    Jump,
+    LinearGate,
+    Return,
+    ValueSpec,
+    successors,
+)
 from exitcompiler.errors import InputError
 from exitcompiler.heads import LinearHead, lower_head
 from exitcompiler.interpreter import interpret
@@ -111,8 +121,11 @@ def test_the_text_of_a_cascade() -> None:
         "    branch always 0:",
         "        mid(x)",
         "        large(x)",
+        '        return "small/plain" (small_own_logits)',
         f"mid({x}) -> (mid_own_logits: {y}):",
-        "    jump large(x)",
+        "    branch always 0:",
+        "        large(x)",
+        '        return "mid/plain" (mid_own_logits)',
         f"large({x}) -> (large_own_logits: {y}):",
         '    return "large/plain" (large_own_logits)',
     ]
@@ -148,6 +161,23 @@ def test_heads_stand_at_every_site() -> None:
     head = with_exit().heads["small/layer2.0", LINEAR]
     assert head.exit == "small/layer2.0/linear"
     assert list(head.results) == ["small_layer2_0_linear_logits", "small_layer2_0_linear_confidence"]
+
+
+def test_every_kind_of_head_is_traced_once_for_each_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[int] = []
+    trace_body = committee.trace_body
+
+    def counting(
+        module: nn.Module, params: Mapping[str, ValueSpec], results: Sequence[str]
+    ) -> fx.GraphModule:
+        traced.append(len(params))
+        return trace_body(module, params, results)
+
+    monkeypatch.setattr(committee, "trace_body", counting)
+    for _ in range(2):  # nothing is kept from one program to the next
+        traced.clear()
+        cascade_program([Member(network) for network in networks()], EVERY)
+        assert sorted(traced) == [1, 2, 2, 3]  # own, with one, agreement, with two
 
 
 def test_with_many_networks_each_and_all_answer_together() -> None:

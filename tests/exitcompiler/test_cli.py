@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from fake_compiled import FakeCompiled
 from sample_report import sample_control_flow, sample_report
+from trained import stripes
 from typer.testing import CliRunner
 
 import exitcompiler
@@ -23,6 +25,8 @@ from exitcompiler.cli import app
 from exitcompiler.controlflow import OutputStructure
 from exitcompiler.data_sources import input_shape_of_networks
 from exitcompiler.errors import CalibrationError
+from exitcompiler.frontier import sweep
+from exitcompiler.gates import RECIPES
 from exitcompiler.runtime.artifact_files import read_artifact
 from exitcompiler.runtime.manifest import (
     MODEL_FILE,
@@ -370,6 +374,39 @@ def test_cascade_passes_on_what_was_asked_for(
         transforms = ("--transform", "none", "--transform", f"cascade_factories:{wrong}")
         assert message in call(*arguments, *transforms).stderr
     assert "neither package.module:factory nor none" in call(*arguments, *["--transform", "x"] * 2).stderr
+
+
+def test_a_cascade_from_files_to_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Once for real: two factories, one of them with a transform; saved, inspected, run and cut."""
+    (tmp_path / "real_factories.py").write_text(
+        "from trained import trained_family\n"
+        "def small():\n    return trained_family()[0]\n"
+        "def large():\n    return trained_family()[2]\n"
+        "def same():\n    return lambda image: image * 1.0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("exitcompiler.delivery.WORTHWHILE", 0.0)
+    coarse = functools.partial(sweep, steps=4, folds=2, recipes=RECIPES[2:])
+    monkeypatch.setattr("exitcompiler.selection.sweep", coarse)
+    x, y = stripes(600, seed=2)
+    np.savez("calib.npz", x=x, y=y)
+    result = call(
+        "cascade", "real_factories:small", "real_factories:large", "--calib", "calib.npz", "-o", "out.exit",
+        "--name", "small", "--name", "large", "--transform", "none", "--transform", "real_factories:same",
+        "--edge", "small:large", "--max-drop", "0.03", "--backend", "onnxruntime", "--threads", "1", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)["report"]
+    assert [entry["name"] for entry in report["cascade"]["networks"]] == ["small", "large"]
+    assert report["refused"] is None
+    assert "cascade of 2 networks" in result.stderr
+    assert "Ways between networks" in call("inspect", "out.exit").stdout
+    answers = json.loads(call("run", "out.exit", "--data", "calib.npz", "--max-rows", 60, "--json").stdout)
+    assert set(answers["exit_rates"]) == {"small", "large"}
+    assert answers["accuracy"] > 0.8
+    assert call("report", "out.exit", "-o", "page.html").exit_code == 0
+    cut = call("export", "out.exit", "--split", "large", "-o", "parts", "--json")
+    assert json.loads(cut.stdout)["edges"] == ["small:large"]
 
 
 def test_the_input_of_a_cascade_is_told_by_networks_that_take_it_as_it_is() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from committee_scores import agreement_features, joint_logits
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from exitcompiler.committee import agreement_head, joint_head, own_head
-from exitcompiler.committee_scores import agreement_features, joint_logits
+from exitcompiler.committee import HeadMaker
 from exitcompiler.controlflow import BATCH, Edge, Jump, ValueSpec, engine_signature
 from exitcompiler.passes.lower_to_onnx import lower_blocks
 from exitcompiler.program import Block, ExitHead
@@ -19,11 +19,12 @@ from exitcompiler.scores import softmax_confidence
 
 CLASSES = 4
 NETWORKS = ("a", "b", "c")
+MAKE = HeadMaker(CLASSES)
 HEADS = {
-    "own": own_head("c", CLASSES),
-    "one": joint_head("c", ["a"], CLASSES),
-    "two": joint_head("c", ["a", "b"], CLASSES),
-    "agreement": agreement_head("c", "a", CLASSES),
+    "own": MAKE.own("c"),
+    "one": MAKE.joint("c", ["a"]),
+    "two": MAKE.joint("c", ["a", "b"]),
+    "agreement": MAKE.agreement("c", "a"),
 }
 
 # Probabilities that underflow to zero, ties, and all between.

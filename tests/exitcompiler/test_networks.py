@@ -135,6 +135,8 @@ def test_files_are_read_and_names_made_unique(tmp_path: Path) -> None:
         "ResNet-3",
     ]
     assert [n.name for n in read_networks([resnet(0), resnet(1)], x, names=["s", "l"])] == ["s", "l"]
+    torch.export.save(exported(resnet(0), x), tmp_path / "a:b+c.pt2")
+    assert [n.name for n in read_networks([tmp_path / "a:b+c.pt2", resnet(1)], x)] == ["a-b-c", "ResNet"]
 
 
 @pytest.mark.parametrize(("names", "message"), [
@@ -142,9 +144,13 @@ def test_files_are_read_and_names_made_unique(tmp_path: Path) -> None:
     (["a", "a"], "too much alike"),
     (["a.b", "a-b"], "too much alike"),
     (["a/b", "c"], r"\['a/b'\] cannot name"),
+    (["a+b", "c"], "cannot name"),
+    (["a:b", "c"], r"\['a:b'\] cannot name a network[\s\S]*none of / \+ :"),
     (["", "c"], "cannot name"),
+    (["a", 1], r"\[1\] cannot name"),
+    ([None, b"b"], r"\[None, b'b'\] cannot name"),
 ])  # fmt: skip
-def test_names_that_cannot_be_used(names: list[str], message: str) -> None:
+def test_names_that_cannot_be_used(names: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_networks([mlp(0), mlp(1)], vectors(2)["x"], names=names)
 

@@ -213,6 +213,29 @@ def test_where_a_program_cannot_be_cut(make: type, edge: str, message: str) -> N
         split_artifact(artifact_of(make()), edge)
 
 
+def test_a_text_that_may_mean_several_edges() -> None:
+    def fork(*names: str) -> TestProgram:
+        """From every block rows may go to each later one."""
+        make = Builder(1)
+        for index, name in enumerate(names):
+            leave, onward = Return(("out",), f"exit{index}"), [Edge(n, ("x",)) for n in names[index + 1 :]]
+            gate = make.gate(["c"], 3, 1 + len(onward))
+            last = Branch(gate, (leave, *onward)) if onward else leave
+            make.block(name, {"x": WIDTH}, {"out": CLASSES, "c": 3}, last)
+        return make.program()
+
+    artifact = artifact_of(fork("a", "a:b", "b:c", "c"))
+    with pytest.raises(InputError, match=r"'a:b:c' may mean \('a', 'b:c'\) or \('a:b', 'c'\)\n.*as a pair"):
+        split_artifact(artifact, "a:b:c")
+    assert split_artifact(artifact, ("a:b", "c")).near.manifest.part.edges == (("a:b", "c"),)
+    artifact = artifact_of(fork("a", "b", "a:b"))
+    with pytest.raises(InputError, match=r"'a:b' may mean \('a', 'b'\) or all edges to 'a:b'"):
+        split_artifact(artifact, "a:b")
+    assert split_artifact(artifact, ("a", "b")).near.manifest.part.edges == (("a", "b"),)
+    with pytest.raises(InputError, match="has no edge 'a:b:c'"):
+        split_artifact(artifact, ("a", "b", "c"))
+
+
 def test_values_that_belong_to_no_row_are_not_handed_over() -> None:
     program = chain()
     first, second, third = program.flow.blocks

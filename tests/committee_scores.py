@@ -1,4 +1,4 @@
-"""What several networks say together, on cached scores: what ``committee`` computes in the graph."""
+"""What several networks say together, in numpy: what ``exitcompiler.committee`` computes in the graph."""
 
 from __future__ import annotations
 
