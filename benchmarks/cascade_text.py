@@ -110,8 +110,8 @@ def _families(found: Mapping[str, Any]) -> str:
         f"{found['judged_rows']:,} final rows. Myopic: a threshold on the max probability at every network "
         "of any chain, chosen together. Uniform: chance, in any chain. Sub-topologies are learned as the "
         "whole is, by the recipe that it came out with, at fewer trade-offs. Soft oracle: goes the shortest "
-        "way to the first network that is right together with all later ones, by their own answers; the learned cascade may also answer with "
-        "several together, and so get past it. Area: mean least time over allowed drops of 0 "
+        "way to the first network that is right together with all later ones, by their own answers; the "
+        "learned cascade may also answer with several together, and so get past it. Area: mean least time over allowed drops of 0 "
         f"to 3 points, less is better. Learned as: {found['recipe']}.",
         "",
         "| | "
