@@ -111,8 +111,8 @@ def _families(found: Mapping[str, Any]) -> str:
         "of any chain, chosen together. Uniform: chance, in any chain. Sub-topologies are learned as the "
         "whole is, by the recipe that it came out with, at fewer trade-offs. Soft oracle: goes the shortest "
         "way to the first network that is right together with all later ones, by their own answers; the "
-        "learned cascade may also answer with several together, and so get past it. Area: mean least time over allowed drops of 0 "
-        f"to 3 points, less is better. Learned as: {found['recipe']}.",
+        "learned cascade may also answer with several together, and so get past it. Area: mean least time "
+        f"over allowed drops of 0 to 3 points, less is better. Learned as: {found['recipe']}.",
         "",
         "| | "
         + " | ".join(f"limit {100 * limits[i]:.2f}: drop, speed-up" for i in shown)
