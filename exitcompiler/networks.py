@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -20,7 +20,7 @@ from exitcompiler.errors import ExitCompilerError, InputError, UnsupportedModelE
 from exitcompiler.input_transforms import Transform, apply_transform, compose_transform
 from exitcompiler.model_interface import Example, as_tensors
 from exitcompiler.naming import identifier
-from exitcompiler.program import Program, spec_of
+from exitcompiler.program import Program, Return, spec_of
 
 __all__ = ["Model", "Network", "read_networks"]
 
@@ -38,7 +38,8 @@ class Network:
 
     Args:
         name: Unique in the cascade.
-        program: One block that takes the cascade's inputs, by their names, all of them.
+        program: One block that takes the cascade's inputs, by their names, all of them; its exit is called
+            after the network.
         structure: How the network hands over its logits.
     """
 
@@ -98,7 +99,8 @@ def read_networks(
             loaded = load_exported(Path(model)) if isinstance(model, str | os.PathLike) else model
             if not networks:
                 inputs = _cascade_inputs(loaded, example)
-            networks.append(_read(name, loaded, transform, inputs, logits))
+            network = _read(name, loaded, transform, inputs, logits)
+            networks.append(replace(network, program=_ending_in(network.program, name)))
         except ExitCompilerError as error:
             raise _in_network(error, name, hint=bool(networks) and transform is None) from error
     _check_classes(networks)
@@ -127,6 +129,14 @@ def _read(
         positions = [list(inputs).index(source) for source in sources]
         program = compose_transform(lambda *given: [given[i] for i in positions], program, inputs)
     return Network(name, program, captured.structure)
+
+
+def _ending_in(program: Program, exit_name: str) -> Program:
+    """The program of one block with its exit called after the network."""
+    end = program.entry.terminator
+    assert isinstance(end, Return)
+    entry = replace(program.entry, terminator=replace(end, exit=exit_name))
+    return program.with_blocks({entry.name: entry})
 
 
 def _parameters(model: nn.Module | ExportedProgram) -> dict[str, bool]:
