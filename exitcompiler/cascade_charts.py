@@ -34,7 +34,7 @@ _BASELINES: Mapping[str, Any] = {
     "myopic": {"linestyle": "--", "marker": "^", "markersize": 4},
     "uniform": {"linestyle": "-.", "marker": "v", "markersize": 4},
 }
-_BASELINE_LABELS = {"oracle": "soft oracle (a bound)", "myopic": "myopic", "uniform": "uniform"}
+_BASELINE_LABELS = {"oracle": "soft oracle (single networks)", "myopic": "myopic", "uniform": "uniform"}
 _COLORS = (*SERIES, ACCENT, MUTED)
 _LOGARITHMIC = 8  # networks further apart than this times are drawn on a logarithmic axis
 _READABLE = 0.055  # a segment must be this wide, as a share of the bar, to be labelled

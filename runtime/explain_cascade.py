@@ -36,7 +36,7 @@ _BASELINES = {
     "myopic": "myopic (one confidence threshold per network)",
     "uniform": "uniform (random routing)",
     "networks": "one network alone",
-    "oracle": "soft oracle (a bound)",
+    "oracle": "soft oracle (of single networks)",
 }
 
 
