@@ -250,7 +250,8 @@ def test_a_cascade_has_sections_of_its_own_and_no_other_program_has() -> None:
     for expected in (
         *CASCADE_SECTIONS, "networks kept 3 of 4 exits inside them: 1 of 2 places", "resnet56 alone 1.05 ms",
         "resnet20 → resnet56 (jumps over resnet32, resnet44)", "resnet20 > resnet32 > resnet56",
-        "all networks, learned", "272,474", "100.0% / 65.0%", "3.70% none is right", "soft oracle (single networks)",
+        "all networks, learned", "272,474", "100.0% / 65.0%", "3.70% none is right",
+        "soft oracle (single networks)",
         "13.0%", "76.0% of the rows", "wrong where resnet56 alone is right",
     ):  # fmt: skip
         assert expected in text
