@@ -73,18 +73,19 @@ def test_domination_beyond_chance_misses(
 
 
 @using("cascade_targets")
-def test_a_speed_up_counts_only_where_re_splits_keep_the_limit(module: ModuleType) -> None:
-    def final(speedup: float) -> dict[str, Any]:
+def test_a_speed_up_counts_only_where_the_final_rows_keep_the_limit(module: ModuleType) -> None:
+    def measured(speedup: float, drop: float) -> dict[str, Any]:
         interval = {"value": speedup, "lower": speedup, "upper": speedup}
-        return {"speedup": interval, "drop": {"value": 0.0}}
+        return {"kind": "program", "name": f"a, {drop}", "speedup": interval, "drop": {"value": drop}}
 
     figures = {
-        "final": {module.ASKED: {"programs": {"a": final(3.5), "b": final(2.5)}}},
-        "resplits a": {"limits": {"asked": {"drop_mean": 0.011}}},
-        "resplits b": {"limits": {"asked": {"drop_mean": 0.009}}},
+        "final": {module.ASKED: {"programs": {"a": measured(3.5, 0.012)}}},
+        "resplits a": {"limits": {"asked": {"drop_mean": 0.009}}},
+        "table": {"onnxruntime": [measured(3.5, 0.012), measured(2.5, 0.009), measured(2.0, 0.001)]},
     }
     line = module._speedup(figures, "", module.ASKED, "asked", 0.01, (2.3, 3.0))
     assert line.outcome == "must"
+    assert "a, 0.009: 2.5" in line.measured
 
 
 @using("cascade_latency")

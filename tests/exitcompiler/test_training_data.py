@@ -229,8 +229,8 @@ def test_every_exit_stands_at_the_end_of_the_block_that_computes_its_value() -> 
     candidates = fitted.candidates
     value_of = {place.cut.name: place.cut.value for place in fitted.places if place.chosen}
     assert len(value_of) == 2
-    for exit_name, block_name in candidates.block_of.items():
-        assert value_of[exit_name] in candidates.program.block(block_name).results
+    for exit_name, value in value_of.items():
+        assert value in candidates.program.block(candidates.block_of[exit_name]).results
 
 
 @pytest.mark.parametrize(
