@@ -86,15 +86,21 @@ def _oracle(oracle: Mapping[str, Any]) -> Target:
     if "ratio" in oracle:
         text += f"; ratio {interval(oracle['ratio'], 2)}"
     what = f"distance to the soft oracle at a drop of {100 * oracle['drop']:.1f} points"
-    halved = learned["value"] <= max(0.0, 0.5 * myopic["value"])
+    # Where thresholds are past the oracle, which stays at a drop of 0, there is no distance to halve.
+    halved = myopic["value"] > 0.0 and learned["value"] <= 0.5 * myopic["value"]
     outcome = "aim" if halved else "reported"
     return Target(what, REPORTED, "half of myopic's", text, outcome)
 
 
 def _inside(final: Mapping[str, Any]) -> Target:
-    pairs = {point: found["pair"]["speedup"] for point, found in final.items()}
-    text = "; ".join(f"{ratio(speedup)} at {point}" for point, speedup in pairs.items())
-    outcome = "aim" if pairs[ASKED]["value"] >= 1.15 else "reported"
+    pairs = {point: found["pair"] for point, found in final.items()}
+    text = "; ".join(
+        f"{ratio(pair['speedup'])} at {point}, accuracy {100 * pair['accuracy_gain']['value']:+.2f} points"
+        for point, pair in pairs.items()
+    )
+    faster = [pair for pair in pairs.values() if pair["speedup"]["value"] >= 1.15]
+    # Faster for less accuracy is another point of the same frontier.
+    outcome = "aim" if any(pair["accuracy_gain"]["value"] >= 0.0 for pair in faster) else "reported"
     return Target("with exits inside the members against without, in turns", REPORTED, "1.15x", text, outcome)
 
 
