@@ -271,6 +271,7 @@ def test_a_middle_network_that_knows_nothing_is_pruned() -> None:
     assert all(block.name != "middle" for block in found.operating_point.control_flow.blocks)
 
 
+@pytest.mark.slow
 def test_a_first_network_that_knows_nothing_is_passed_by() -> None:
     torch.manual_seed(0)
     small, _, large = trained_family()
@@ -327,6 +328,7 @@ class HalfSize(torch.nn.Module):
         return answer
 
 
+@pytest.mark.slow
 def test_a_network_with_its_own_input_and_an_exported_one() -> None:
     small, _, large = trained_family()
     x, _ = stripes(40, seed=4)
