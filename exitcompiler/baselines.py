@@ -95,7 +95,7 @@ class PatiencePolicy:
                 streak = np.where(prediction == previous, streak + 1, 0)
             left[(left == len(table.exits)) & (streak >= self.patience)] = table.exits.index(key[0])
             previous = prediction
-        return _judge(left, self.exits, table, costs)
+        return evaluate_routes(left, self.exits, table, costs)
 
 
 @dataclass(frozen=True)
@@ -121,17 +121,12 @@ class RandomPolicy:
             goes = generator.random(table.rows) < self.rate
             left[stays & goes] = table.exits.index(name)
             stays &= ~goes
-        return _judge(left, self.exits, table, costs)
+        return evaluate_routes(left, self.exits, table, costs)
 
 
 def _end(table: ScoreTable, exits: ExitSet) -> int:
     """The place where rows are answered that leave nowhere before."""
     return len(table.exits) if table.topology.tail else table.exits.index(exits[-1][0])
-
-
-def _judge(left: IntArray, exits: ExitSet, table: ScoreTable, costs: CostModel) -> Evaluation:
-    """Judge places to leave; every row pays for all heads and dispatches on its way."""
-    return evaluate_routes(left, exits, table, costs)
 
 
 def _rule(name: str, head: str | None, threshold: float, feature: int, sign: float) -> Decision:
@@ -243,7 +238,7 @@ def soft_oracle(table: ScoreTable, costs: CostModel, exits: ExitSet) -> Evaluati
     for key in reversed(exits):
         right &= table.correct(key)
         left[right] = table.exits.index(key[0])
-    return _judge(left, exits, table, costs)
+    return evaluate_routes(left, exits, table, costs)
 
 
 def best_on(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from exitcompiler.baselines import Baseline, best_on, per_exit_thresholds, random_routing
 from exitcompiler.costs import CostModel
 from exitcompiler.evaluation import Evaluation, evaluate, summarise, undominated
-from exitcompiler.gate_search import Choices, to_policy
+from exitcompiler.frontier import learn_all
 from exitcompiler.gates import Recipe, prepare
 from exitcompiler.naming import OWN
 from exitcompiler.policies import Leave, Policy
@@ -119,14 +119,7 @@ def learned_on(
         trade_offs_us: Microseconds that one unit of accuracy is worth.
     """
     few, times = part.table(table), costs.restrict(table.topology, part.topology)
-    learner = prepare(few, times, recipe)
-    starts: tuple[Choices, ...] = ()
-    policies = []
-    for trade_off_us in trade_offs_us:
-        choices = learner.learn(trade_off_us, starts)
-        starts = (choices,)
-        policies.append(to_policy(few.topology, choices))
-    return policies
+    return list(learn_all(prepare(few, times, recipe), trade_offs_us))
 
 
 def myopic(

@@ -142,10 +142,6 @@ class CascadeFindings(Findings):
             for b in (built[place] for place in sorted({0, middle, len(built) - 1} & set(range(len(built)))))
         ]
 
-    def _halves(self, table: ScoreTable) -> tuple[ScoreTable, ScoreTable]:
-        order = np.random.default_rng(self._settings.seed).permutation(table.rows)
-        return table.take(np.sort(order[::2])), table.take(np.sort(order[1::2]))
-
     def _frontiers(
         self, selection: Selection, learn: ScoreTable, judge: ScoreTable, costs: CostModel
     ) -> dict[str, list[dict[str, float]]]:

@@ -14,7 +14,7 @@ from exitcompiler.naming import OWN
 from exitcompiler.scores import HeadKey
 from exitcompiler.topology import Topology
 
-__all__ = ["CostModel", "Step", "running_places"]
+__all__ = ["CostModel", "Step", "running_places", "runs_at"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +133,19 @@ def running_places(topology: Topology, steps: Sequence[Step]) -> list[bool]:
     """Where a row that passes has its network run: something is decided there, or further on in it."""
     running = [False] * len(steps)
     for place in reversed(range(len(steps))):
-        step = steps[place]
-        running[place] = bool(step.heads) or not step.targets or (
-            topology.follows[step.targets[0]] == place and running[step.targets[0]]
-        )  # fmt: skip
+        running[place] = runs_at(topology, place, steps[place], running)
     return running
+
+
+def runs_at(topology: Topology, place: int, step: Step, running: Sequence[bool]) -> bool:
+    """Whether a row that passes a place has its network run there.
+
+    Args:
+        topology: The places.
+        place: One of them.
+        step: What happens there.
+        running: Per place, whether its network runs; of the later ones it has to be known.
+    """
+    if step.heads or not step.targets:
+        return True
+    return any(topology.follows[target] == place and running[target] for target in step.targets)

@@ -197,8 +197,7 @@ class Findings:
 
     def _baselines(self, table: ScoreTable, costs: CostModel) -> dict[str, list[dict[str, float]]]:
         """Each baseline chosen on one half of the learning rows and judged on the other."""
-        order = np.random.default_rng(self._settings.seed).permutation(table.rows)
-        learn, judge = table.take(np.sort(order[::2])), table.take(np.sort(order[1::2]))
+        learn, judge = self._halves(table)
         sets: Sequence[ExitSet] = exit_sets(table)
         families: dict[str, Iterable[Baseline]] = {
             "max_probability": shared_threshold(learn, sets, "max_probability", steps=24),
@@ -215,6 +214,11 @@ class Findings:
         }
         curves["oracle"] = [self._baseline_point(soft_oracle(judge, costs, exits)) for exits in sets]
         return curves
+
+    def _halves(self, table: ScoreTable) -> tuple[ScoreTable, ScoreTable]:
+        """Rows for baselines to be chosen on, and rows to judge them on."""
+        order = np.random.default_rng(self._settings.seed).permutation(table.rows)
+        return table.take(np.sort(order[::2])), table.take(np.sort(order[1::2]))
 
     def _baseline_point(self, evaluation: Any) -> dict[str, float]:
         return {

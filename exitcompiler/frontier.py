@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -27,7 +27,7 @@ from exitcompiler.scores import ScoreTable
 from exitcompiler.statistics import mean_time_over_drops
 from exitcompiler.topology import Topology
 
-__all__ = ["CrossFit", "Frontier", "FrontierPoint", "sweep", "trade_offs"]
+__all__ = ["CrossFit", "Frontier", "FrontierPoint", "learn_all", "sweep", "trade_offs"]
 
 _logger = logging.getLogger(__name__)
 
@@ -249,7 +249,10 @@ def sweep(
         curves.append((worth, cross_fit, estimates, drops, times_us))
     _, cross_fit, estimates, drops, times_us = min(curves, key=lambda curve: curve[0])
     learner = prepare(table, costs, cross_fit.recipe, allowed)
-    policies = _learn_all(learner, trade_offs_us, tick)
+    policies = []
+    for policy in learn_all(learner, trade_offs_us):
+        policies.append(policy)
+        tick()
     alone = Policy.plain(table.topology)
     plain = FrontierPoint(math.inf, alone, 0.0, costs.whole_us, evaluate(alone, table, costs))
     points = [
@@ -273,15 +276,12 @@ def trade_offs(topology: Topology, costs: CostModel, steps: int) -> Float64Array
     return np.geomspace(*(SPAN if topology.tail else CASCADE_SPAN), steps) * costs.whole_us
 
 
-def _learn_all(learner: Learner, trade_offs_us: Float64Array, tick: Callable[[], None]) -> list[Policy]:
+def learn_all(learner: Learner, trade_offs_us: Iterable[float]) -> Iterator[Policy]:
     """A policy for every trade-off, each started from its neighbour's choices as well."""
-    policies = []
     previous: tuple[Choices, ...] = ()
     for trade_off_us in trade_offs_us:
         previous = (learner.learn(float(trade_off_us), previous),)
-        policies.append(to_policy(learner.table.topology, previous[0]))
-        tick()
-    return policies
+        yield to_policy(learner.table.topology, previous[0])
 
 
 def _fold_rows(rows: int, folds: int, seed: int) -> tuple[NDArray[np.intp], ...]:

@@ -10,6 +10,7 @@ from typing import Final
 import networkx as nx
 import numpy as np
 
+from exitcompiler.costs import runs_at
 from exitcompiler.gate_search import Action, Choice, Choices, Float64Array, Plane, Problem, best_cuts, cut
 from exitcompiler.naming import OWN
 from exitcompiler.scores import FEATURES, BoolArray, HeadKey
@@ -91,8 +92,7 @@ class _Later:
         table = problem.table
         sites = table.topology.sites
         step = choice.step(sites[place])
-        same = [target for target in choice.targets if table.topology.follows[target] == place]
-        self.running[place] = bool(step.heads) or any(self.running[target] for target in same)
+        self.running[place] = runs_at(table.topology, place, step, self.running)
         self.value_us[place] = problem.value_us(place, choice, self.value_us, self.running[place])
         foreign = frozenset(key for key in choice.reads if key[0] != sites[place])
         needed = {site for key in step.heads for site in table.needs(key)} | {site for site, _ in foreign}
@@ -171,9 +171,8 @@ class _Site:
 
     def _constant(self, action: Action) -> tuple[float, Choice]:
         choice = Choice((action,))
-        running = isinstance(action, str) or (
-            self.problem.table.topology.follows[action] == self.place and self.later.running[action]
-        )
+        topology = self.problem.table.topology
+        running = runs_at(topology, self.place, choice.step(self.name), self.later.running)
         return float(self._action_us(action)[self.arrives].sum()) + self._paid_us(choice, running), choice
 
     def _rule(self, total: float, choice: Choice | None) -> tuple[float, Choice | None]:
@@ -320,8 +319,7 @@ def _through(problem: Problem, networks: Sequence[int]) -> Choices | None:
     so that a sweep from here sees what deciding after several networks would bring.
     """
     topology = problem.table.topology
-    graph: nx.DiGraph[int] = nx.DiGraph(sorted(topology.edges))
-    graph.add_nodes_from(range(len(topology.networks)))
+    graph = topology.network_graph()
     way = [0]
     for network in networks:
         if not nx.has_path(graph, way[-1], network):

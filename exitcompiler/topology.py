@@ -115,16 +115,16 @@ class Topology:
         Raises:
             InputError: There is none.
         """
-        graph: nx.DiGraph[int] = nx.DiGraph(sorted(self.edges))
+        graph = self.network_graph().subgraph({start, end, *through})
         try:
-            return list(nx.shortest_path(graph.subgraph({start, end, *through}), start, end))
+            return list(nx.shortest_path(graph, start, end))
         except (nx.NetworkXNoPath, nx.NodeNotFound) as error:
             raise InputError(f"no way leads from network {start} to {end}", where="topology") from error
 
     def connects(self, names: Collection[str]) -> bool:
         """Whether networks, by the names of their ends, can stand alone: all are reached from the first."""
         gone = [number for number, network in enumerate(self.networks) if network[-1] not in names]
-        graph = self._contracted(gone)
+        graph = self.network_graph(gone)
         first = min(graph, default=0)
         return all(number == first or graph.in_degree(number) for number in graph)
 
@@ -142,7 +142,7 @@ class Topology:
             through = [n for n in gone if n and len([b for a, b in self.edges if a == n]) > 1]
             needed = {n for n in through if not self._bypassed(n)}
             left = [n for n in range(len(self.networks)) if n not in gone]
-            entered = {b for a, b in self._contracted(gone).edges}
+            entered = {b for a, b in self.network_graph(gone).edges}
             if 0 in gone and any(n not in entered for n in left[1:]):
                 needed.add(0)
             if not needed:
@@ -155,8 +155,8 @@ class Topology:
         after = [b for a, b in self.edges if a == network]
         return all((a, b) in self.edges for a in before for b in after)
 
-    def _contracted(self, gone: Collection[int]) -> nx.DiGraph[int]:
-        """The networks without some, the ways through these kept."""
+    def network_graph(self, gone: Collection[int] = ()) -> nx.DiGraph[int]:
+        """The networks and their edges, without some of the networks, the ways through these kept."""
         graph: nx.DiGraph[int] = nx.DiGraph(sorted(self.edges))
         graph.add_nodes_from(range(len(self.networks)))
         for number in sorted(gone):
@@ -170,7 +170,7 @@ class Topology:
         left = [tuple(site for site in network if site in sites) for network in self.networks]
         if self.tail:
             return Topology(tuple(left), tail=True)
-        graph = self._contracted([number for number, network in enumerate(left) if not network])
+        graph = self.network_graph([number for number, network in enumerate(left) if not network])
         position = {number: index for index, number in enumerate(sorted(graph))}
         edges = frozenset((position[a], position[b]) for a, b in graph.edges)
         return Topology(tuple(network for network in left if network), edges)
