@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +50,7 @@ from exitcompiler.runtime.graph_plan import (
 )
 from exitcompiler.runtime.plan_checks import verify_plan, writers
 from exitcompiler.runtime.plan_interpreter import PlanInterpreter
+from exitcompiler.runtime.plan_printer import print_plan
 from exitcompiler.runtime.planning import plan_program, powers_of_two
 from exitcompiler.runtime.rows import BatchExecutor
 from exitcompiler.runtime.torch_backend import torch_engine
@@ -55,96 +58,92 @@ from exitcompiler.runtime.torch_backend import torch_engine
 buckets_of = st.sets(st.integers(1, 12), min_size=1, max_size=4).map(sorted).map(tuple)
 
 
-def outline(scope: Scope, depth: int = 0) -> Iterator[str]:
-    """A plan in words, one step a line."""
-    for step in scope:
-        words = {
-            RunBlock: lambda s: f"run {s.block} on {s.rows}",
-            Route: lambda s: f"route {s.block}" + (f" sets {s.condition}" if s.condition else ""),
-            Guard: lambda s: f"guard {s.target} sets {s.condition}",
-            Compact: lambda s: f"compact {s.target} sets {s.condition}",
-            PickBucket: lambda s: f"pick {list(s.buckets)} sets {s.condition}",
-            Gather: lambda s: f"gather {s.block} for {s.rows}",
-            Conditional: lambda s: f"{s.kind} {s.condition}",
-        }[type(step)](step)
-        yield "  " * depth + words
-        if isinstance(step, Conditional):
-            for body in step.bodies:
-                yield from outline(body, depth + 1)
+def printed(program: TestProgram, *arguments: Any) -> str:
+    return print_plan(plan_program(program.flow, *arguments))
 
 
-def lines(program: TestProgram, *arguments: object) -> list[str]:
-    return list(outline(plan_program(program.flow, *arguments).root))
+def text(block: str) -> str:
+    return textwrap.dedent(block).strip()
 
 
 def test_a_chain_nests_one_condition_per_exit() -> None:
-    assert lines(chain()) == [
-        "run first on 1",
-        "route first sets c0",
-        "if c0",
-        "  run second on 1",
-        "  route second sets c1",
-        "  if c1",
-        "    run third on 1",
-        "    route third",
-    ]
+    assert printed(chain()) == text("""
+        plan for 1 row
+            run first
+            route first: "exit1" | second; c0 = 0 | 1
+            if c0:
+                run second
+                route second: "exit2" | third; c1 = 0 | 1
+                if c1:
+                    run third
+                    route third: "backbone"
+    """)
 
 
 def test_a_join_reached_by_a_jump_has_a_condition_of_its_own() -> None:
-    assert lines(cascade()) == [
-        "run small on 1",
-        "route small sets c0",
-        "if c0",
-        "  run medium on 1",
-        "  route medium",
-        "guard 2 sets c1",
-        "if c1",
-        "  run big_stem on 1",
-        "  route big_stem",
-        "  run big on 1",
-        "  route big",
-    ]
+    assert printed(cascade()) == text("""
+        plan for 1 row
+            run small
+            route small: "small" | medium | big_stem; c0 = 0 | 1 | 0
+            if c0:
+                run medium
+                route medium: "medium" | big_stem
+            c1 = goes to big_stem
+            if c1:
+                run big_stem
+                route big_stem: big
+                run big
+                route big: "large"
+    """)
 
 
 def test_a_layer_that_is_skipped_costs_one_condition_and_its_join_none() -> None:
-    assert lines(diamond()) == [
-        "run stem on 1",
-        "route stem sets c0",
-        "if c0",
-        "  run layer on 1",
-        "  route layer",
-        "gather join for 1",
-        "run join on 1",
-        "route join",
-    ]
+    assert printed(diamond()) == text("""
+        plan for 1 row
+            run stem
+            route stem: join | layer; c0 = 0 | 1
+            if c0:
+                run layer
+                route layer: join
+            gather join: join/q = stem/h | layer/h2
+            run join
+            route join: "backbone"
+    """)
 
 
 def test_several_rows_are_listed_gathered_and_run_in_a_bucket() -> None:
-    assert lines(chain(), 4, (2, 4)) == [
-        "pick [2, 4] sets c0",
-        "switch c0",
-        "  run first on 2",
-        "  run first on 4",
-        "route first",
-        "compact 1 sets c1",
-        "if c1",
-        "  pick [2, 4] sets c2",
-        "  switch c2",
-        "    gather second for 2",
-        "    run second on 2",
-        "    gather second for 4",
-        "    run second on 4",
-        "  route second",
-        "  compact 2 sets c3",
-        "  if c3",
-        "    pick [2, 4] sets c4",
-        "    switch c4",
-        "      gather third for 2",
-        "      run third on 2",
-        "      gather third for 4",
-        "      run third on 4",
-        "    route third",
-    ]
+    assert printed(chain(), 4, (2, 4)) == text("""
+        plan for up to 4 rows
+            c0 = bucket of 2 | 4 for count
+            switch c0:
+              0:
+                run first on 2
+              1:
+                run first on 4
+            route first: "exit1" | second
+            second:rows, second:count = rows that go to second; c1 = any
+            if c1:
+                c2 = bucket of 2 | 4 for second:count
+                switch c2:
+                  0:
+                    gather second on 2: second/p = first/h, second/earlier = first/conf
+                    run second on 2
+                  1:
+                    gather second on 4: second/p = first/h, second/earlier = first/conf
+                    run second on 4
+                route second: "exit2" | third
+                third:rows, third:count = rows that go to third; c3 = any
+                if c3:
+                    c4 = bucket of 2 | 4 for third:count
+                    switch c4:
+                      0:
+                        gather third on 2: third/p = second/h
+                        run third on 2
+                      1:
+                        gather third on 4: third/p = second/h
+                        run third on 4
+                    route third: "backbone"
+    """)
 
 
 def test_three_ways_are_one_switch() -> None:
@@ -154,18 +153,19 @@ def test_three_ways_are_one_switch() -> None:
     make.block("b", {"p": WIDTH}, {"out": CLASSES}, Return(("out",), "two"))
     make.block("c", {"q": WIDTH}, {"out2": CLASSES}, Return(("out2",), "three"))
     program = make.program()
-    plan = plan_program(program.flow)
-    assert list(outline(plan.root))[2:] == [
-        "switch c0",
-        "  run b on 1",
-        "  route b",
-        "  run c on 1",
-        "  route c",
-    ]
-    route = plan.root[1]
-    assert isinstance(route, Route)
-    assert [way.arm for way in route.ways] == [2, 0, 1]
-    check(program, random_rows(30), plan)
+    assert printed(program) == text("""
+        plan for 1 row
+            run first
+            route first: "one" | b | c; c0 = 2 | 0 | 1
+            switch c0:
+              0:
+                run b
+                route b: "two"
+              1:
+                run c
+                route c: "three"
+    """)
+    check(program, random_rows(30), plan_program(program.flow))
 
 
 def check(program: TestProgram, rows: np.ndarray, plan: Plan) -> list[list[tuple[str, int]]]:
@@ -244,9 +244,12 @@ def test_a_constant_gate_takes_its_way_and_the_rest_is_not_planned() -> None:
     make.block("first", {"x": WIDTH}, {"a": CLASSES}, Branch(ConstantGate(0, 2), ways))
     make.block("b", {"p": WIDTH}, {"out": CLASSES}, Return(("out",), "two"))
     program = make.program()
-    plan = plan_program(program.flow)
-    assert list(outline(plan.root)) == ["run first on 1", "route first"]
-    check(program, random_rows(5), plan)
+    assert printed(program) == text("""
+        plan for 1 row
+            run first
+            route first: "one"
+    """)
+    check(program, random_rows(5), plan_program(program.flow))
 
 
 def test_a_block_with_nothing_to_compute_only_routes() -> None:
