@@ -5,6 +5,7 @@
 #   make test-all   the slow tests too
 #   make bench      the CIFAR-10 benchmark: make bench DATA=folder WEIGHTS=folder
 #   make bench-cascade  that of cascades, likewise
+#   make gpu-check  on a machine with a GPU: tests and figures, nothing is installed (docs/gpu.md)
 #   make format     rewrite the code as `make lint` wants it
 #   make clean      remove what was built; `make distclean` also removes .venv
 
@@ -19,16 +20,20 @@ INSTALLED := $(VENV)/.installed
 SOURCE_LIST := $(VENV)/.source-list
 REFRESHED := $(VENV)/.refreshed
 EDITABLE := --config-settings editable_mode=strict
-SOURCES := $(sort $(wildcard exitcompiler/*.py exitcompiler/py.typed exitcompiler/templates/* passes/*.py runtime/*.py))
+SOURCES := $(sort $(wildcard exitcompiler/*.py exitcompiler/py.typed exitcompiler/templates/* passes/*.py runtime/*.py runtime/*.cu))
 
 DATA ?=
 WEIGHTS ?=
 BENCH_ARGS ?=
+OUT ?= out/gpu
+GPU_ARGS ?=
+# The one that has torch: what PYTHON says, else that of .venv where there is one.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
 
-.PHONY: help setup demo test test-all lint types format bench bench-cascade clean distclean force
+.PHONY: help setup demo test test-all lint types format bench bench-cascade gpu-check clean distclean force
 
 help:
-	@sed -n '3,9s/^#  *//p' Makefile
+	@sed -n '3,10s/^#  *//p' Makefile
 
 setup: $(REFRESHED)
 
@@ -79,6 +84,9 @@ bench: setup
 bench-cascade: setup
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench-cascade DATA=folder WEIGHTS=folder"; exit 2; }
 	$(BIN)/python benchmarks/cifar10_cascade.py --data "$(DATA)" --weights "$(WEIGHTS)" $(BENCH_ARGS)
+
+gpu-check:
+	$(GPU_PYTHON) benchmarks/gpu.py --out "$(OUT)" $(GPU_ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info .mypy_cache docs/.mypy_cache .ruff_cache .pytest_cache .hypothesis

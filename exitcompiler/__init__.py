@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from exitcompiler.errors import ArtifactError as ArtifactError
     from exitcompiler.errors import BackendUnavailableError as BackendUnavailableError
     from exitcompiler.errors import CalibrationError as CalibrationError
+    from exitcompiler.errors import DeviceError as DeviceError
     from exitcompiler.errors import ExitCompilerError as ExitCompilerError
     from exitcompiler.errors import InputError as InputError
     from exitcompiler.errors import LoweringError as LoweringError
@@ -38,6 +39,7 @@ _HOME = {
             "ArtifactError",
             "BackendUnavailableError",
             "CalibrationError",
+            "DeviceError",
             "ExitCompilerError",
             "InputError",
             "LoweringError",

@@ -6,6 +6,7 @@ __all__ = [
     "ArtifactError",
     "BackendUnavailableError",
     "CalibrationError",
+    "DeviceError",
     "ExitCompilerError",
     "InputError",
     "LoweringError",
@@ -62,3 +63,7 @@ class ArtifactError(ExitCompilerError):
 
 class BackendUnavailableError(ExitCompilerError):
     """A backend was asked for by name and is not installed, or cannot run here."""
+
+
+class DeviceError(ExitCompilerError):
+    """A device refused or failed: its memory is full, or a kernel went wrong."""
