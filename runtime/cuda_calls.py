@@ -5,6 +5,8 @@ A context is current only while a call runs: whoever shares the thread keeps the
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -94,7 +96,8 @@ class DriverCalls:
             )
         self.device = self.ask("cuDeviceGet", ordinal)
         self.context = self.ask("cuDevicePrimaryCtxRetain", self.device)
-        self._context_number = int(self.context)
+        self._process = os.getpid()
+        self._local = threading.local()  # how often the context was made current here, by thread
 
     def ask(self, name: str, *arguments: Any) -> Any:
         """Call what needs no context, while the device is looked for.
@@ -111,50 +114,66 @@ class DriverCalls:
             )
         return results[0] if len(results) == 1 else results
 
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a child of the one that opened the device: it cannot use it."""
+        return os.getpid() != self._process
+
     def call(
-        self, doing: str, name: str, *arguments: Any, error: type[ExitCompilerError] = DeviceError
+        self,
+        doing: str,
+        name: str,
+        *arguments: Any,
+        about: tuple[object, ...] = (),
+        error: type[ExitCompilerError] = DeviceError,
     ) -> Any:
         """Call the driver in the device's context.
 
         Args:
-            doing: What is tried, as in "cannot ...".
+            doing: What is tried, as in "cannot ...", with a place for everything in ``about``.
             name: The function.
             arguments: What it takes.
+            about: What ``doing`` leaves out; put there only if something goes wrong.
             error: What is raised, unless memory is missing.
 
         Returns:
             What it gives: nothing as an empty list, one thing as it is, several as a list.
 
         Raises:
-            ExitCompilerError: ``error``, or `DeviceError` for want of memory.
+            ExitCompilerError: ``error``, or `DeviceError` for want of memory, or after a fork.
             BackendUnavailableError: The driver does not know the function.
         """
-        cuda = self.cuda
-        _, current = cuda.cuCtxGetCurrent()
-        foreign = int(current) != self._context_number
-        if foreign:
-            cuda.cuCtxPushCurrent(self.context)
+        if not self._entered():
+            with self.current():
+                return self.call(doing, name, *arguments, about=about, error=error)
         try:
-            status, *results = getattr(cuda, name)(*arguments)
+            status, *results = getattr(self.cuda, name)(*arguments)
             if int(status) != 0:
-                raise self._failure(doing, status, error)
+                raise self._failure(doing.format(*about), status, error)
         except RuntimeError as missing:  # this is how the bindings say that the driver has no such function
             raise BackendUnavailableError(
-                f"cannot {doing}: {missing}",
+                f"cannot {doing.format(*about)}: {missing}",
                 remedy="install a newer NVIDIA driver, or cuda-bindings no newer than the driver's CUDA",
             ) from missing
-        finally:
-            if foreign:
-                cuda.cuCtxPopCurrent()
         return results[0] if len(results) == 1 else results
+
+    def _entered(self) -> bool:
+        return getattr(self._local, "depth", 0) > 0
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make the context current for a while: other libraries work in the one that is."""
+        """Make the context current for a while: for other libraries, and once for several calls."""
+        if self.forked:
+            raise DeviceError(
+                "a GPU cannot be used in a process that was forked after it was",
+                remedy="load the program in the new process, and start that with 'spawn'",
+            )
         self.ask("cuCtxPushCurrent", self.context)
+        self._local.depth = getattr(self._local, "depth", 0) + 1
         try:
             yield
         finally:
+            self._local.depth -= 1
             self.ask("cuCtxPopCurrent")
 
     def release(self) -> None:

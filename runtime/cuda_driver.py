@@ -10,7 +10,7 @@ The driver of CUDA 12.8 or later is asked for: older ones know no SWITCH nodes, 
 from __future__ import annotations
 
 import ctypes
-import functools
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -57,6 +57,8 @@ class Driver:
             )
         )
         self.compute_capability: tuple[int, int] = (major, minor)
+        self._lock = threading.Lock()
+        self._stream: int | None = None
 
     @classmethod
     def open(cls, ordinal: int = 0) -> Driver:
@@ -72,18 +74,26 @@ class Driver:
 
     def close(self) -> None:
         """Let go of the device; whatever was made through here has to be freed before."""
-        if "stream" in self.__dict__:
-            self.destroy_stream(self.stream)
+        if self._stream is not None:
+            self.destroy_stream(self._stream)
         self._calls.release()
 
     def current(self) -> AbstractContextManager[None]:
-        """Make the device current in this thread for a while, for a library that works on the one that is."""
+        """Make the device current in this thread: for a library that works there, or once for many calls."""
         return self._calls.current()
 
-    @functools.cached_property
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a child of the one that opened the device: nothing of it can be used."""
+        return self._calls.forked
+
+    @property
     def stream(self) -> int:
         """The stream in whose order programs run: their blocks share memory to work in."""
-        return self.create_stream()
+        with self._lock:
+            if self._stream is None:
+                self._stream = self.create_stream()
+            return self._stream
 
     @property
     def architecture(self) -> str:
@@ -123,28 +133,31 @@ class Driver:
         Page-locked memory is read later and has to stay as it is until then; other memory is read at once.
         """
         self._call(
-            f"upload {array.nbytes:,} bytes",
+            "upload {:,} bytes",
             "cuMemcpyHtoDAsync",
             address,
             _contiguous(array),
             array.nbytes,
             stream,
+            about=(array.nbytes,),
         )
 
     def download(self, array: NDArray[np.generic], address: int, stream: int) -> None:
         """Fill an array from the device, in the order of the stream: valid after `synchronize`."""
         self._call(
-            f"download {array.nbytes:,} bytes",
+            "download {:,} bytes",
             "cuMemcpyDtoHAsync",
             _contiguous(array),
             address,
             array.nbytes,
             stream,
+            about=(array.nbytes,),
         )
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """Copy device memory, in the order of the stream."""
-        self._call(f"copy {size_bytes:,} bytes", "cuMemcpyDtoDAsync", target, source, size_bytes, stream)
+        about = (size_bytes,)
+        self._call("copy {:,} bytes", "cuMemcpyDtoDAsync", target, source, size_bytes, stream, about=about)
 
     def fill(self, address: int, byte: int, size_bytes: int, stream: int) -> None:
         """Set every byte of device memory, in the order of the stream."""

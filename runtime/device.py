@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from exitcompiler.controlflow import BlockInterface, EngineSignature
 from exitcompiler.runtime.manifest import OperatingPoint
 
-__all__ = ["Captured", "DeviceArray", "DeviceBlocks", "DeviceEngine"]
+__all__ = ["Captured", "DeviceArray", "DeviceBlocks", "DeviceEngine", "undisturbed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +79,15 @@ class DeviceBlocks(Protocol):
             ArtifactError: The artifact does not hold the block in the form that this backend needs.
         """
         ...
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Collect no garbage meanwhile: what frees device memory in the middle of a capture spoils it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -110,8 +110,9 @@ class PlannedWay:
 class Route:
     """Kernel: send the rows that a block ran on down the ways that their actions name.
 
-    Writes ``next``, ``edge`` and ``position`` of these rows; for those that leave ``exit_index`` and the
-    outputs. Where the block is the first one, rows beyond ``count`` are marked as ``LEFT``.
+    Writes ``next``, ``edge``, ``position`` and ``exit_index`` of these rows (-1: not left yet), and the
+    outputs of those that leave. Where the block is the first one, rows beyond ``count`` are marked as
+    ``LEFT``, without an exit.
 
     Args:
         block: Its name.

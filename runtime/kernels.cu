@@ -129,7 +129,10 @@ extern "C" __global__ void route(RouteArguments a, cudaGraphConditionalHandle co
   const int position = static_cast<int>(blockIdx.x);
   const bool writes = threadIdx.x == 0 && blockIdx.y == 0;
   if (position >= a.count[0]) {
-    if (writes && !a.rows) a.next[position] = LEFT;
+    if (writes && !a.rows) {
+      a.next[position] = LEFT;
+      a.exit_index[position] = NO_EXIT;
+    }
     return;
   }
   const int row = a.rows ? a.rows[position] : position;
@@ -147,7 +150,7 @@ extern "C" __global__ void route(RouteArguments a, cudaGraphConditionalHandle co
     a.next[row] = way.target;
     a.edge[row] = way.edge;
     a.position[row] = position;
-    if (way.target == LEFT) a.exit_index[row] = way.exit;
+    a.exit_index[row] = way.target == LEFT ? way.exit : NO_EXIT;  // what an earlier launch left is gone
   }
   const unsigned int first = blockIdx.y * blockDim.x + threadIdx.x;
   const unsigned int step = gridDim.y * blockDim.x;

@@ -146,6 +146,7 @@ class PlanInterpreter:
         count = int(self._read(step.count, step)[0])
         if step.rows is None:
             self.buffers[NEXT][count:] = LEFT
+            self.buffers[EXIT_INDEX][count:] = -1
         for position in range(count):
             row = position if step.rows is None else int(self._read(step.rows, step)[position])
             action = 0 if step.action is None else int(self._read(step.action, step)[position])
@@ -153,8 +154,7 @@ class PlanInterpreter:
             self.buffers[NEXT][row] = way.target
             self.buffers[EDGE][row] = way.edge
             self.buffers[POSITION][row] = position
-            if way.target == LEFT:
-                self.buffers[EXIT_INDEX][row] = way.exit
+            self.buffers[EXIT_INDEX][row] = way.exit
             for source, target in way.copies:
                 self._copy_row(source, position, target, row, step)
             if step.condition is not None:

@@ -45,7 +45,7 @@ from exitcompiler.runtime.graph_plan import (
     Step,
 )
 
-__all__ = ["plan_program", "powers_of_two", "taken_ways"]
+__all__ = ["plan_program", "powers_of_two", "require_buckets", "taken_ways"]
 
 
 def plan_program(flow: ControlFlow, capacity: int = 1, buckets: Sequence[int] | None = None) -> Plan:
@@ -74,9 +74,10 @@ def plan_program(flow: ControlFlow, capacity: int = 1, buckets: Sequence[int] | 
         LoweringError: For more than one row: a value that does not belong to rows differs from row to row.
     """
     sizes = powers_of_two(capacity) if buckets is None else tuple(buckets)
-    if capacity < 1 or not sizes or sizes[-1] != capacity or sizes[0] < 1 or list(sizes) != sorted({*sizes}):
+    require_buckets(sizes)
+    if sizes[-1] != capacity:
         raise InputError(
-            f"buckets {list(sizes)} for {capacity} rows", remedy="positive, rising, the last one the capacity"
+            f"buckets {list(sizes)} for {capacity} rows", remedy="make the last one the capacity"
         )
     planner = _Planner(flow, capacity, sizes)
     return Plan(
@@ -88,6 +89,16 @@ def plan_program(flow: ControlFlow, capacity: int = 1, buckets: Sequence[int] | 
         outputs=planner.outputs,
         root=planner.scope(flow.entry.name),
     )
+
+
+def require_buckets(buckets: Sequence[int]) -> None:
+    """Refuse numbers of rows that blocks cannot be captured for.
+
+    Raises:
+        InputError: There are none, or they are not positive and rising.
+    """
+    if not buckets or buckets[0] < 1 or list(buckets) != sorted({*buckets}):
+        raise InputError(f"buckets are {list(buckets)}", remedy="positive and rising: 1, 2, 4, ...")
 
 
 def powers_of_two(capacity: int) -> tuple[int, ...]:
@@ -233,7 +244,7 @@ class _Planner:
                 raise LoweringError(
                     f"{param!r} does not belong to rows, and differs by the way that rows came",
                     where=f"block {block.name!r}",
-                    remedy="run it one row at a time (max_rows=1), or on a CPU backend",
+                    remedy="run it one row at a time, or on a CPU backend",
                 )
             moves.append(Move(self._add(_buffer_of(block.name, param), spec, block.name, param), sources))
         self._moves[block.name] = tuple(moves)

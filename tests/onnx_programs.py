@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -256,6 +256,28 @@ def diamond(seed: int = 0) -> TestProgram:
     make.block("layer", {"x1": WIDTH, "p": 5}, {"h2": 5}, Jump(Edge("join", ("x1", "h2"))))
     make.block("join", {"x2": WIDTH, "q": 5}, {"out": CLASSES}, Return(("out",), "backbone"))
     return make.program()
+
+
+def with_shared_value(different: bool) -> TestProgram:
+    """A diamond whose join takes a value that does not belong to rows, by both ways the same or not."""
+    table = ValueSpec((2,), "float32")
+    make = Builder(0)
+    ways = (Edge("join", ("x", "t")), Edge("layer", ("x", "t")))
+    make.block("stem", {"x": WIDTH}, {"t": 2, "conf": 2}, Branch(make.gate(["conf"], 2, 2), ways))
+    make.block(
+        "layer", {"x1": WIDTH, "t1": 2}, {"t2": 2}, Jump(Edge("join", ("x1", "t2" if different else "t1")))
+    )
+    make.block("join", {"x2": WIDTH, "t3": 2}, {"out": CLASSES}, Return(("out",), "end"))
+    program = make.program()
+
+    def retype(block: BlockInterface) -> BlockInterface:
+        def change(values: dict[str, ValueSpec]) -> dict[str, ValueSpec]:
+            return {name: table if name.startswith("t") else spec for name, spec in values.items()}
+
+        return replace(block, params=change(dict(block.params)), results=change(dict(block.results)))
+
+    flow = replace(program.flow, blocks=tuple(map(retype, program.flow.blocks)))
+    return TestProgram(flow, program.bodies)
 
 
 def plain(seed: int = 0) -> TestProgram:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +22,14 @@ from onnx_programs import (
     plain,
     random_program,
     random_rows,
+    with_shared_value,
 )
 
 from exitcompiler.controlflow import BlockInterface
 from exitcompiler.errors import DeviceError, InputError, LoweringError
 from exitcompiler.runtime.cuda_driver import Driver
-from exitcompiler.runtime.cuda_executor import DeviceExecutor, DeviceProgram
+from exitcompiler.runtime.cuda_executor import DeviceExecutor
+from exitcompiler.runtime.device_program import DeviceProgram
 from exitcompiler.runtime.rows import EXIT_INDEX
 
 INVALID_VALUE, OUT_OF_MEMORY = 1, 2
@@ -258,9 +262,64 @@ def test_memory_is_told(device: tuple[Emulator, Driver]) -> None:
         program.flow,
         lambda block: HostEngine(program.engine(block), driver, emulator),
         driver,
-        4,
+        (1, 4),
         lambda _: kernel_image(),
     )
     assert made.memory_bytes >= sum(4 * int(np.prod(b.shape)) for b in made.plan.buffers.values())
     made.close()
     assert EXIT_INDEX in made.plan.buffers
+
+
+def test_a_program_whose_rows_cannot_run_together_runs_one_by_one(
+    device: tuple[Emulator, Driver], caplog: pytest.LogCaptureFixture
+) -> None:
+    program = with_shared_value(different=True)
+    executor = executor_of(program, *device, max_rows=8)
+    assert executor.max_rows == 1
+    assert "does not belong to rows" in caplog.text
+    rows = random_rows(5)
+    outputs, exits = executor.run([rows], 5)
+    for row, found, taken in zip(rows, outputs[0], exits, strict=True):
+        expected, alone = executor.run([row[None]], 1)
+        np.testing.assert_array_equal(found, expected[0][0])
+        assert taken == alone[0]
+    executor.close()
+
+
+def test_blocks_are_captured_for_the_buckets_asked_for(device: tuple[Emulator, Driver]) -> None:
+    program = chain(3)
+    made: dict[str, HostEngine] = {}
+
+    def engine(block: BlockInterface) -> HostEngine:
+        made[block.name] = HostEngine(program.engine(block), device[1], device[0], block.name)
+        return made[block.name]
+
+    executor = DeviceExecutor(
+        program.flow, engine, device[1], buckets=(2, 6), compile_image=lambda _: kernel_image()
+    )
+    for count in (1, 2, 5, 6, 9):
+        check(program, executor, random_rows(count, count))
+    assert {rows for host in made.values() for rows in host.rows_run} == {2, 6}
+    executor.close()
+
+
+def test_after_a_fork_the_device_is_refused_and_nothing_is_freed(device: tuple[Emulator, Driver]) -> None:
+    emulator, driver = device
+    executor = executor_of(chain(3), emulator, driver)
+    executor.run([random_rows(1)], 1)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # no exception may leave here: the test would go on twice
+        said = "nothing"
+        try:
+            executor.run([random_rows(1)], 1)
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        executor.close()
+        os.write(write, said.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        assert re.match(r"DeviceError: a GPU cannot be used in a process that was forked", answer.read())
+    assert os.waitpid(child, 0)[1] == 0
+    executor.close()

@@ -232,12 +232,12 @@ def test_route_sends_rows_on_or_copies_their_answers(
     wanted = [np.full((6, width), 0xEE), np.full((6, width), 0xEE)]
     if not listed:
         expected["next"][count:] = LEFT
+        expected["exit_index"][count:] = -1
     for position in range(count):
         row = rows[position] if listed else position
         target, edge, exit_index, _, _ = ways[actions[position]]
         expected["next"][row], expected["edge"][row], expected["position"][row] = target, edge, position
-        if target == LEFT:
-            expected["exit_index"][row] = exit_index
+        expected["exit_index"][row] = exit_index if target == LEFT else -1
         if actions[position] == 0:
             wanted[0][row] = early[position]
         if actions[position] == 2:

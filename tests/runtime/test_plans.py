@@ -24,11 +24,12 @@ from onnx_programs import (
     plain,
     random_program,
     random_rows,
+    with_shared_value,
 )
 from programs import programs
 from programs import rows as torch_rows
 
-from exitcompiler.controlflow import BlockInterface, Branch, ConstantGate, Edge, Jump, Return, ValueSpec
+from exitcompiler.controlflow import BlockInterface, Branch, ConstantGate, Edge, Jump, Return
 from exitcompiler.errors import InputError, LoweringError, VerifyError
 from exitcompiler.interpreter import interpret
 from exitcompiler.program import Block, Program
@@ -273,36 +274,12 @@ def test_a_block_with_nothing_to_compute_only_routes() -> None:
         np.testing.assert_array_equal(outputs[0], expected[0])
 
 
-def _with_shared_value(different: bool) -> TestProgram:
-    """A diamond whose join takes a value that does not belong to rows, by both ways the same or not."""
-    table = ValueSpec((2,), "float32")
-    make = Builder(0)
-    ways = (Edge("join", ("x", "t")), Edge("layer", ("x", "t")))
-    make.block("stem", {"x": WIDTH}, {"t": 2, "conf": 2}, Branch(make.gate(["conf"], 2, 2), ways))
-    make.block(
-        "layer", {"x1": WIDTH, "t1": 2}, {"t2": 2}, Jump(Edge("join", ("x1", "t2" if different else "t1")))
-    )
-    make.block("join", {"x2": WIDTH, "t3": 2}, {"out": CLASSES}, Return(("out",), "end"))
-    program = make.program()
-
-    def retype(block: BlockInterface) -> BlockInterface:
-        def change(values: dict[str, ValueSpec]) -> dict[str, ValueSpec]:
-            return {name: table if name.startswith("t") else spec for name, spec in values.items()}
-
-        return dataclasses.replace(
-            block, params=change(dict(block.params)), results=change(dict(block.results))
-        )
-
-    flow = dataclasses.replace(program.flow, blocks=tuple(map(retype, program.flow.blocks)))
-    return TestProgram(flow, program.bodies)
-
-
 def test_a_value_without_rows_is_read_in_place_where_all_ways_bring_the_same() -> None:
     for capacity in (1, 4):
-        verify_plan(plan_program(_with_shared_value(False).flow, capacity))
-    verify_plan(plan_program(_with_shared_value(True).flow, 1))
+        verify_plan(plan_program(with_shared_value(False).flow, capacity))
+    verify_plan(plan_program(with_shared_value(True).flow, 1))
     with pytest.raises(LoweringError, match="'t3' does not belong to rows"):
-        plan_program(_with_shared_value(True).flow, 4)
+        plan_program(with_shared_value(True).flow, 4)
 
 
 @pytest.mark.parametrize(
