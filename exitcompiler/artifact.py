@@ -20,6 +20,7 @@ from pathlib import Path
 
 from exitcompiler.errors import ArtifactError
 from exitcompiler.runtime.artifact_files import previous_path
+from exitcompiler.runtime.backends import TORCH_BACKENDS
 from exitcompiler.runtime.manifest import (
     MANIFEST_FILE,
     MODEL_FILE,
@@ -28,6 +29,7 @@ from exitcompiler.runtime.manifest import (
     FileEntry,
     Manifest,
     block_path,
+    can_have_torch_graphs,
     has_torch_graphs,
     torch_paths,
     with_torch_graphs,
@@ -41,7 +43,7 @@ def save_artifact(
     artifact: Artifact,
     path: str | os.PathLike[str],
     *,
-    torch: bool = False,
+    torch: bool | None = None,
     overwrite: bool = True,
     as_zip: bool | None = None,
 ) -> None:
@@ -53,7 +55,7 @@ def save_artifact(
     Args:
         artifact: What to write.
         path: Where to.
-        torch: Also write the block graphs for the torch backend.
+        torch: Also write the torch graphs of blocks; None: if it was compiled for a backend that runs them.
         overwrite: Replace an artifact that is there.
         as_zip: One zip file instead of a folder; None: if the path ends in ``.zip``.
 
@@ -64,6 +66,8 @@ def save_artifact(
     """
     target = Path(os.path.abspath(path))
     zipped = target.suffix == ".zip" if as_zip is None else as_zip
+    if torch is None:
+        torch = artifact.manifest.backend in TORCH_BACKENDS and can_have_torch_graphs(artifact)
     files = _contents(with_torch_graphs(artifact) if torch else artifact, torch)
     try:
         _recover(target)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from exitcompiler.controlflow import Branch, LinearGate, Return, ValueSpec
 from exitcompiler.naming import head_exit, value_name
+from exitcompiler.passes.cast_precision import cast_head, cast_precision
 from exitcompiler.passes.eliminate_dead_code import EliminateDeadCode
 from exitcompiler.passes.insert_exits import InsertExits
 from exitcompiler.passes.merge_blocks import MergeBlocks
@@ -19,7 +20,7 @@ from exitcompiler.program import Block, ExitHead, Program
 from exitcompiler.scores import FEATURES, HeadKey
 from exitcompiler.topology import Topology
 
-__all__ = ["Candidates", "build_program"]
+__all__ = ["Candidates", "build_program", "cast_candidates"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,25 @@ class Candidates:
             terminator=Branch(gate, ways),
             body=head.body,
         )
+
+
+def cast_candidates(candidates: Candidates, precision: str) -> Candidates:
+    """The same in another precision: what gates read and what is answered stay float32.
+
+    Args:
+        candidates: In float32.
+        precision: As for the cast-precision pass; ``"fp32"`` changes nothing.
+
+    Raises:
+        PassError: An operator does not run in this precision.
+    """
+    if precision == "fp32":
+        return candidates
+    answers = {name for head in candidates.heads.values() for name in head.answer}
+    program = cast_precision(candidates.program, precision, answers)
+    specs = {name: spec for block in program.blocks for name, spec in block.values.items()}
+    heads = {key: cast_head(head, specs, precision, answers) for key, head in candidates.heads.items()}
+    return replace(candidates, program=program, heads=heads)
 
 
 def build_program(candidates: Candidates, policy: Policy, *, observers: tuple[Observer, ...] = ()) -> Program:

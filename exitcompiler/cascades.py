@@ -15,12 +15,13 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from exitcompiler.calibration import peek
+from exitcompiler.candidates import cast_candidates
 from exitcompiler.cascade_findings import CascadeFindings
 from exitcompiler.cascade_program import Member, cascade_program
 from exitcompiler.compiler import Details, measure, read_and_split, training_data
 from exitcompiler.data import Rows, TrainingData
 from exitcompiler.delivery import Delivery
-from exitcompiler.engines import Engines, Lowerer
+from exitcompiler.engines import Engines, lowerer_for, typed_as
 from exitcompiler.errors import InputError
 from exitcompiler.fitting import Fitted, fit_exits
 from exitcompiler.input_transforms import Transform
@@ -179,7 +180,7 @@ class _Cascade:
         findings.seconds = reporter.seconds
         with reporter.step("lowering the reference network"):
             engines, times_us = fastest_plain(
-                reference.program, rows, self.backends, Lowerer(), settings.batch_size
+                reference.program, rows, self.backends, lowerer_for(self.backends), settings.batch_size
             )
         plain_us = times_us[engines.backend.name]
         findings.chose_backend(engines.backend.name, times_us)
@@ -188,14 +189,16 @@ class _Cascade:
             data = training_data(train_data, rows, split, reference.program)
         learn = rows.take(split.learn)
         members = [self._member(network, data, engines, findings, learn) for network in networks]
-        candidates = cascade_program(members, edges)
+        uncast = cascade_program(members, edges)
+        candidates = cast_candidates(uncast, typed_as(engines.backend))
+        wholes = [engines.typed(whole) for whole in wholes]
         table, costs = measure(candidates, wholes, learn, engines, settings, reporter)
         selection = select_points(candidates, table, costs, engines, learn, settings, reporter)
         with reporter.step("comparing with parts of the cascade"):
             findings.selected(selection, table, costs)
         delivery = Delivery(
             reference.program, plain_us, reference.structure, engines, rows.take(split.certify), settings,
-            findings, reporter,
+            findings, reporter, uncast,
         )  # fmt: skip
         compiled = delivery.of_selection(selection)
         logger.info("compiled in %.1f s", time.monotonic() - started)

@@ -14,12 +14,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from exitcompiler.calibration import peek, require_fit, require_rows
-from exitcompiler.candidates import Candidates
+from exitcompiler.candidates import Candidates, cast_candidates
 from exitcompiler.capture import capture
 from exitcompiler.costs import CostModel
 from exitcompiler.data import Rows, RowSplit, TrainingData, read_rows, read_training_data, split_rows
 from exitcompiler.delivery import Delivery
-from exitcompiler.engines import Engines, Lowerer
+from exitcompiler.engines import Engines, lowerer_for, typed_as
 from exitcompiler.findings import Findings
 from exitcompiler.fitting import fit_exits
 from exitcompiler.placement import Place
@@ -87,9 +87,10 @@ def compile(
             default a share of ``calib_data`` is used.
         max_accuracy_drop: How much accuracy may be lost, net, 0 to 1; 0.01 (one point) by default.
         latency_budget_ms: Instead: the mean latency of a call to keep, in milliseconds.
-        backend: ``"onnxruntime"``, ``"openvino"``, ``"torch"``, or ``"auto"``: the one that runs the
-            plain model fastest here.
-        precision: ``"fp32"``; ``"bf16"`` where the backend has it, gates being learned on its scores.
+        backend: ``"onnxruntime"``, ``"openvino"``, ``"torch"``; on a GPU ``"cuda"`` or ``"tensorrt"``; or
+            ``"auto"``: the one for CPUs that runs the plain model fastest here.
+        precision: ``"fp32"``; ``"fp16"`` or ``"bf16"`` where the backend has it, gates being learned on its
+            scores.
         batch_size: Rows per call that costs are measured at; any size runs.
         threads: Threads per call; None: as many as this process may use.
         seed: Of everything that is random.
@@ -186,7 +187,8 @@ class _Compilation:
         findings = Findings(model_name(model), program, settings, split)
         findings.seconds = reporter.seconds
         with reporter.step("lowering the plain model"):
-            engines, times_us = fastest_plain(program, rows, self.backends, Lowerer(), settings.batch_size)
+            lowerer = lowerer_for(self.backends)
+            engines, times_us = fastest_plain(program, rows, self.backends, lowerer, settings.batch_size)
         plain_us = times_us[engines.backend.name]
         findings.chose_backend(engines.backend.name, times_us)
         fitted = fit_exits(program, data, rows, engines, settings, reporter)
@@ -200,16 +202,18 @@ class _Compilation:
             settings,
             findings,
             reporter,
+            fitted.candidates,
         )
         if fitted.candidates is None:
             return Details(delivery.of_plain(_no_place(fitted.places)), program, engines, split)
         learn = rows.take(split.learn)
-        table, costs = measure(fitted.candidates, [program], learn, engines, settings, reporter)
-        selection = select_points(fitted.candidates, table, costs, engines, learn, settings, reporter)
+        candidates = cast_candidates(fitted.candidates, typed_as(engines.backend))
+        table, costs = measure(candidates, [engines.typed(program)], learn, engines, settings, reporter)
+        selection = select_points(candidates, table, costs, engines, learn, settings, reporter)
         findings.selected(selection, table, costs)
         compiled = delivery.of_selection(selection)
         logger.info("compiled in %.1f s", time.monotonic() - started)
-        return Details(compiled, program, engines, split, fitted.candidates, table, costs, selection)
+        return Details(compiled, program, engines, split, candidates, table, costs, selection)
 
 
 def read_and_split(

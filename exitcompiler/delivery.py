@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from exitcompiler.candidates import Candidates, build_program
 from exitcompiler.certify import answers_of, certify, check_one_file, check_parity, measure_speedup
 from exitcompiler.controlflow import OutputStructure
 from exitcompiler.data import Rows
-from exitcompiler.engines import Engines
+from exitcompiler.engines import Engines, typed_as
 from exitcompiler.findings import Findings
 from exitcompiler.packaging import pack, point_name
 from exitcompiler.program import Program
 from exitcompiler.progress import Reporter
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.runtime.manifest import Artifact, Execution
-from exitcompiler.selection import Selection
+from exitcompiler.selection import Built, Selection
 from exitcompiler.settings import Settings
 
 __all__ = ["Delivery"]
@@ -32,7 +33,8 @@ class Delivery:
     """What the last steps of a compilation work with.
 
     Args:
-        plain: The untouched backbone, or in a cascade the reference network: what all is compared with.
+        plain: The untouched backbone, or in a cascade the reference network, in float32: what all is
+            compared with.
         plain_us: Its time per row.
         structure: How the model hands over its logits.
         engines: Of the backend that was chosen.
@@ -40,6 +42,7 @@ class Delivery:
         settings: What was asked for.
         findings: What is reported.
         reporter: Progress.
+        uncast: The candidates in float32, if there are any: what the outputs of exits are compared with.
     """
 
     plain: Program
@@ -50,6 +53,7 @@ class Delivery:
     settings: Settings
     findings: Findings
     reporter: Reporter
+    uncast: Candidates | None = None
 
     def of_selection(self, selection: Selection) -> CompiledModel:
         """Package, check, measure; the plain engine where exits do not pay.
@@ -63,7 +67,7 @@ class Delivery:
         with self.reporter.step("packaging"):
             artifact = pack(
                 [chosen, *selection.shipped],
-                self.plain,
+                self.engines.typed(self.plain),
                 self.plain_us,
                 chosen.point.estimate.backbone_accuracy,
                 self.structure,
@@ -101,8 +105,8 @@ class Delivery:
                 f"the budget of {self.settings.latency_budget_ms} ms"
             )
         artifact = pack(
-            [], self.plain, self.plain_us, 1.0, self.structure, self.engines.backend, self.engines.lowerer,
-            self.settings,
+            [], self.engines.typed(self.plain), self.plain_us, 1.0, self.structure, self.engines.backend,
+            self.engines.lowerer, self.settings,
         )  # fmt: skip
         compiled = CompiledModel(artifact, self.engines.backend)
         self.findings.parity = check_parity(compiled, self.plain, self.fresh, self.settings.precision)
@@ -114,15 +118,21 @@ class Delivery:
     def _check_points(self, compiled: CompiledModel, selection: Selection) -> float:
         """Parity of every shipped point; many rows for the chosen one, a few for the others."""
         precision = self.settings.precision
-        worst = check_parity(compiled, selection.chosen.program, self.fresh, precision)
+        worst = check_parity(compiled, self._in_float32(selection.chosen), self.fresh, precision)
         for built in selection.shipped:
             other = compiled.select(name=point_name(built.point.accuracy_drop))
-            worst = max(worst, check_parity(other, built.program, self.fresh, precision, count=2))
+            worst = max(worst, check_parity(other, self._in_float32(built), self.fresh, precision, count=2))
         return worst
+
+    def _in_float32(self, built: Built) -> Program:
+        """The program of an operating point as it was before it was cast."""
+        if self.uncast is None or typed_as(self.engines.backend) == "fp32":
+            return built.program
+        return build_program(self.uncast, built.point.policy)
 
     def _faster_execution(self, compiled: CompiledModel) -> Execution:
         """An engine per block, unless one engine of the one-file model is measurably faster for one row."""
-        if compiled.backend.name == "torch":
+        if compiled.backend.form == "torch" or compiled.backend.on_device:
             return "blocks"
         one_file = compiled.with_artifact(_with_execution(compiled.artifact, "single"))
         check_one_file(one_file, compiled, self.fresh, self.settings.precision)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, cast
 
-from torch import Tensor
+from torch import Tensor, fx
 
-from exitcompiler.controlflow import engine_signature
+from exitcompiler.controlflow import BlockInterface, engine_signature
 from exitcompiler.fx_utils import find_attribute
-from exitcompiler.passes.lower_to_onnx import lower_blocks
+from exitcompiler.passes.cast_precision import cast_precision
+from exitcompiler.passes.lower_to_onnx import BFLOAT16_OPSET, OPSET, lower_blocks
 from exitcompiler.program import Block, Branch, ConstantGate, Program
 from exitcompiler.runtime.backends import Backend, Engine
 
-__all__ = ["Engines", "Lowerer", "block_key"]
+__all__ = ["Engines", "Lowerer", "block_key", "lowerer_for", "typed_as"]
 
 
 def block_key(block: Block) -> str:
@@ -45,8 +47,13 @@ def _place(value: object) -> str:
 
 @dataclass
 class Lowerer:
-    """Lowers blocks to ONNX and remembers what it has lowered."""
+    """Lowers blocks to ONNX and remembers what it has lowered.
 
+    Args:
+        opset: ONNX operator set version of all of them.
+    """
+
+    opset: int = OPSET
     _models: dict[str, bytes] = field(default_factory=dict)
     # Keeps the memory of what the keys were made of from being used for anything else.
     _constants: dict[str, dict[str, object]] = field(default_factory=dict)
@@ -64,7 +71,8 @@ class Lowerer:
                 fresh.setdefault(key, block)
         # Blocks of different programs may share a name; for one export they need different ones.
         renamed = {f"{block.name}#{i}": key for i, (key, block) in enumerate(fresh.items())}
-        models = lower_blocks([_rename(fresh[key], name) for name, key in renamed.items()]) if fresh else {}
+        blocks = [_rename(fresh[key], name) for name, key in renamed.items()]
+        models = lower_blocks(blocks, opset=self.opset) if fresh else {}
         for name, key in renamed.items():
             self._models[key] = models[name]
             self._constants[key] = _constants(fresh[key])
@@ -80,6 +88,17 @@ class Lowerer:
         return {block.name: self.model(block) for block in program.blocks if engine_signature(block).outputs}
 
 
+def typed_as(backend: Backend) -> str:
+    """The precision that programs are cast to for a backend: on a GPU one that computes in their types."""
+    return backend.precision if backend.on_device else "fp32"
+
+
+def lowerer_for(backends: Iterable[Backend]) -> Lowerer:
+    """A lowerer for the backends that a program may run on."""
+    bfloat16 = any(typed_as(backend) == "bf16" for backend in backends)
+    return Lowerer(BFLOAT16_OPSET if bfloat16 else OPSET)
+
+
 def _rename(block: Block, name: str) -> Block:
     return Block(name, block.params, block.results, block.terminator, block.body)
 
@@ -90,14 +109,25 @@ class Engines:
 
     Args:
         backend: What makes engines.
-        lowerer: Where ONNX models come from; the torch backend needs none.
+        lowerer: Where ONNX models come from; backends that run torch graphs need none.
     """
 
     backend: Backend
     lowerer: Lowerer
     _engines: dict[tuple[str, int | None], Engine] = field(default_factory=dict)
-    # As in the lowerer, which knows nothing of the blocks of the torch backend.
+    # As in the lowerer, which knows nothing of blocks that run as torch graphs.
     _constants: dict[str, dict[str, object]] = field(default_factory=dict)
+    _typed: dict[int, tuple[Program, Program]] = field(default_factory=dict)
+
+    def typed(self, program: Program) -> Program:
+        """A program as the backend runs it; the same object for the same program.
+
+        Raises:
+            PassError: An operator does not run in the backend's precision.
+        """
+        if id(program) not in self._typed:
+            self._typed[id(program)] = (program, cast_precision(program, typed_as(self.backend)))
+        return self._typed[id(program)][1]
 
     def load(self, blocks: Sequence[Block], static_batch: int | None = None) -> Mapping[str, Engine]:
         """Block name -> engine, for all blocks that need one.
@@ -105,7 +135,7 @@ class Engines:
         Raises:
             LoweringError: A block cannot be lowered, or the backend does not take it.
         """
-        if self.backend.name != "torch":
+        if self.backend.form == "onnx":
             self.lowerer.lower(blocks)
         return {
             block.name: self.engine(block, static_batch)
@@ -123,10 +153,13 @@ class Engines:
         return self._engines[key]
 
     def _load(self, block: Block, static_batch: int | None) -> Engine:
-        if self.backend.name == "torch":
-            from exitcompiler.runtime.torch_backend import torch_engine
-
-            body = block.body
-            return torch_engine(block, lambda values: body(*values), threads=self.backend.threads)
+        if self.backend.form == "torch":
+            return cast(_BodyLoader, self.backend).load_body(block, block.body)
         model = self.lowerer.model(block)
         return self.backend.load(model, engine_signature(block), static_batch=static_batch)
+
+
+class _BodyLoader(Protocol):
+    """What a backend is that runs torch graphs."""
+
+    def load_body(self, block: BlockInterface, body: fx.GraphModule) -> Engine: ...

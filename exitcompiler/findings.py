@@ -106,7 +106,7 @@ class Findings:
         self._report["latency"] = {
             **latency,
             "point": compiled.operating_point.name,
-            "execution": execution,
+            "execution": "device" if compiled.backend.on_device else execution,
             "backend": compiled.backend.name,
             "threads": compiled.backend.threads,
         }

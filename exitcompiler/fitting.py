@@ -190,7 +190,7 @@ def _new_heads(cuts: Sequence[CutPoint], classes: int, budget_flops: float) -> d
 
 
 def _time_shares(chain: Program, engines: Engines, sample: Rows, batch_size: int) -> list[float]:
-    times = block_times_us(chain.blocks, engines, sample, batch_size, repeats=40)
+    times = block_times_us(engines.typed(chain).blocks, engines, sample, batch_size, repeats=40)
     reached = np.cumsum(times)
     return [float(time / reached[-1]) for time in reached[:-1]]
 

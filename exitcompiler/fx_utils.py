@@ -105,9 +105,23 @@ class BodyBuilder:
             node.meta = {key: like.meta[key] for key in ("val", "tensor_meta") if key in like.meta}
         return node
 
-    def call(self, target: Callable[..., Any], args: tuple[Any, ...], name: str, val: object) -> fx.Node:
+    def call(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...],
+        name: str,
+        val: object,
+        kwargs: dict[str, Any] | None = None,
+    ) -> fx.Node:
         """Add a call whose result is ``val`` on fake tensors."""
-        node = self._graph.call_function(target, args)
+        node = self._graph.call_function(target, args, kwargs)
+        self._rename(node, self._free_name(name))
+        node.meta["val"] = val
+        return node
+
+    def constant(self, target: str, value: torch.Tensor, name: str, val: object) -> fx.Node:
+        """Add a tensor, under this path where it is free."""
+        node = self._graph.create_node("get_attr", self._attribute(target, value))
         self._rename(node, self._free_name(name))
         node.meta["val"] = val
         return node
@@ -134,6 +148,15 @@ class BodyBuilder:
             copied.target = self._attribute(node.target, find_attribute(source, node.target))
         self._rename(copied, name if name is not None else self._free_name(node.name))
         return copied
+
+    def hand_over_name(self, node: fx.Node, name: str, other: str) -> None:
+        """Call a node ``name``; whichever has that name is called ``other`` from now on, or nearly so."""
+        for holder in self._graph.nodes:
+            if holder.name == name and holder is not node:
+                self._rename(holder, self._free_name(other))
+                self._names.discard(name)
+        if node.name != name:
+            self._rename(node, name)
 
     def finish(self, results: Sequence[fx.Node]) -> fx.GraphModule:
         """The body, with these results."""

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from exitcompiler.controlflow import ValueSpec
 
@@ -17,12 +18,15 @@ __all__ = [
     "element_type",
     "make_model",
     "renamed_node",
+    "round_weights",
     "value_info",
 ]
 
 IR_VERSION: Final = 10
 """The ONNX IR version that belongs to opset 20."""
 
+_OPSET: Final = 20
+_PRODUCTS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _ELEMENT_TYPES: Final = {"float32": "FLOAT", "float64": "DOUBLE"}  # others are spelled alike
 
 
@@ -42,9 +46,10 @@ def make_model(graph: onnx.GraphProto, opsets: dict[str, int]) -> onnx.ModelProt
 
     Args:
         graph: The graph.
-        opsets: Domain -> operator set version.
+        opsets: Domain -> operator set version; empty: the graph has none but the plainest operators.
     """
-    imports = [helper.make_opsetid(domain, version) for domain, version in sorted(opsets.items())]
+    versions = opsets or {"": _OPSET}
+    imports = [helper.make_opsetid(domain, version) for domain, version in sorted(versions.items())]
     return helper.make_model(
         graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="exitcompiler"
     )
@@ -146,3 +151,37 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 def _strip(message: onnx.NodeProto | onnx.AttributeProto | onnx.GraphProto, *fields: str) -> None:
     for field in fields:
         message.ClearField(field)
+
+
+def round_weights(model: onnx.ModelProto) -> None:
+    """Round weights to bfloat16 where that is what they are multiplied with.
+
+    Folding a batch normalisation into the weights before it, the exporter makes them float32, which is a
+    type that no operator takes next to bfloat16.
+
+    Args:
+        model: Changed in place.
+    """
+    bfloat16, float32 = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    if all(tensor.data_type != bfloat16 for tensor in weights.values()):
+        return
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    for node in model.graph.node:
+        if node.op_type in _PRODUCTS and types.get(node.input[0]) == bfloat16:
+            for name in node.input[1:]:
+                if name in weights and weights[name].data_type == float32:
+                    _round(weights[name])
+
+
+def _round(tensor: onnx.TensorProto) -> None:
+    """To the nearest bfloat16, of two to the even one."""
+    bits = np.ascontiguousarray(numpy_helper.to_array(tensor)).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    name, dims = tensor.name, list(tensor.dims)
+    tensor.Clear()
+    tensor.name, tensor.data_type = name, onnx.TensorProto.BFLOAT16
+    tensor.dims.extend(dims)
+    tensor.raw_data = rounded.astype("<u2").tobytes()

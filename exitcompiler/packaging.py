@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Final, cast
 
 from exitcompiler.controlflow import ControlFlow, OutputStructure
 from exitcompiler.engines import Lowerer
@@ -16,6 +17,7 @@ from exitcompiler.evaluation import Evaluation
 from exitcompiler.passes.assemble_onnx import assemble_onnx
 from exitcompiler.program import BlockInterface, Program
 from exitcompiler.runtime.backends import Backend
+from exitcompiler.runtime.device_engines import DeviceBackend
 from exitcompiler.runtime.manifest import (
     MODEL_FILE,
     Artifact,
@@ -36,6 +38,11 @@ __all__ = ["PLAIN", "environment", "pack", "point_name"]
 PLAIN = "plain"
 """The operating point that is the untouched backbone."""
 
+_PACKAGES: Final = (
+    "exitcompiler", "torch", "onnx", "onnxruntime", "openvino", "cuda-bindings", "tensorrt", "tensorrt_rtx",
+    "numpy",
+)  # fmt: skip
+
 
 def point_name(accuracy_drop: float) -> str:
     """An operating point is called by its drop in percentage points: ``drop+0.98``."""
@@ -54,7 +61,7 @@ def pack(
 ) -> Artifact:
     """An artifact whose first point is selected, or the plain backbone where there is no other.
 
-    The torch graphs of blocks are in it only where the torch backend needs them; else they are made from
+    The torch graphs of blocks are in it only where the backend needs them; else they are made from
     the programs, which the artifact keeps alive for this, when it is saved with them.
 
     Args:
@@ -68,7 +75,7 @@ def pack(
         settings: What was asked for.
 
     Raises:
-        LoweringError: A block cannot be lowered, or, for the torch backend, cannot be written.
+        LoweringError: A block cannot be lowered, or, for a backend that runs torch graphs, be written.
     """
     files: dict[str, bytes] = {}
     programs = {point_name(built.point.accuracy_drop): built.program for built in points} | {PLAIN: plain}
@@ -92,10 +99,10 @@ def pack(
         selected=0,
         plain=len(packed) - 1,
         one_file=0,
-        environment=environment(),
+        environment=environment(backend),
     )
     artifact = Artifact(manifest, files, {}, partial(_add_torch_graphs, programs))
-    return with_torch_graphs(artifact) if backend.name == "torch" else artifact
+    return with_torch_graphs(artifact) if backend.form == "torch" else artifact
 
 
 def _point(
@@ -158,10 +165,10 @@ def _plain_estimate(plain: Program, plain_us: float, accuracy: float, settings: 
     return Estimate(accuracy, 0.0, 0.0, latency_ms, dict.fromkeys(plain.exits, 1.0))
 
 
-def environment() -> dict[str, Json]:
-    """Versions and machine, for the manifest and the report."""
+def environment(backend: Backend | None = None) -> dict[str, Json]:
+    """Versions and machine, for the manifest and the report; with the GPU of a backend that runs on one."""
     versions: dict[str, Json] = {}
-    for package in ("exitcompiler", "torch", "onnx", "onnxruntime", "openvino", "numpy"):
+    for package in _PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -172,7 +179,19 @@ def environment() -> dict[str, Json]:
         "machine": platform.machine(),
         "processor": _processor(),
         "cpus": os.cpu_count() or 1,
+        **({} if backend is None else _device(backend)),
         **versions,
+    }
+
+
+def _device(backend: Backend) -> dict[str, Json]:
+    if not backend.on_device:
+        return {}
+    driver = cast(DeviceBackend, backend).driver
+    return {
+        "device": driver.name,
+        "compute_capability": list(driver.compute_capability),
+        "cuda_driver": driver.driver_version,
     }
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,8 +16,7 @@ from exitcompiler.policies import GoOn, Policy, leave_above
 from exitcompiler.program import Block, Program
 from exitcompiler.runtime.backends import Array, Engine
 from exitcompiler.runtime.rows import gate_parameters
-from exitcompiler.runtime.single_row import aligned_empty
-from exitcompiler.runtime.timing import measure_interleaved
+from exitcompiler.runtime.timing import OwnClock, measure_interleaved
 from exitcompiler.scores import FEATURES
 from exitcompiler.scoring import run_block
 
@@ -116,7 +114,7 @@ def programs_times_us(
         repeats: Timed turns.
     """
     inputs = rows.take(slice(0, batch_size)).inputs
-    calls: dict[str, Callable[[], object]] = {}
+    clocks: dict[str, OwnClock] = {}
     for index, blocks in enumerate(programs):
         assert len({block.name for block in blocks}) == len(blocks)
         loaded = engines.load(blocks, batch_size)
@@ -124,10 +122,10 @@ def programs_times_us(
         for number, block in enumerate(blocks):
             _bind_params(block, blocks, values)
             engine = loaded.get(block.name)
-            calls[f"{index}:{number}"] = _bound_call(block, engine, values, batch_size)
+            clocks[f"{index}:{number}"] = _clock(block, engine, values)
             values.update(run_block(block, engine, values))
     samples = measure_interleaved(
-        calls, [()], repeats=repeats, warmup=max(5, repeats // 10), limit_s=LIMIT_S, minimum=10
+        clocks, [()], repeats=repeats, warmup=max(5, repeats // 10), limit_s=LIMIT_S, minimum=10
     )
     return [
         [float(np.median(samples[f"{index}:{number}"])) / batch_size for number in range(len(blocks))]
@@ -145,21 +143,8 @@ def _bind_params(block: Block, blocks: Sequence[Block], values: dict[str, Array]
                         values[param] = values[value]
 
 
-def _bound_call(
-    block: Block, engine: Engine | None, values: Mapping[str, Array], batch_size: int
-) -> Callable[[], object]:
+def _clock(block: Block, engine: Engine | None, values: Mapping[str, Array]) -> OwnClock:
     if engine is None:
-        return lambda: None
-    signature = engine.signature
-    inputs: list[Array] = []
+        return OwnClock(lambda: 0.0)
     sources = [values[name] for name in block.params] + gate_parameters(block)
-    for spec, source in zip(signature.inputs.values(), sources, strict=True):
-        buffer = aligned_empty(spec, batch_size)
-        buffer[...] = source
-        inputs.append(buffer)
-    outputs = [aligned_empty(spec, batch_size) for spec in signature.outputs.values()]
-    return partial(_call, engine.bind(inputs, outputs), inputs, outputs)
-
-
-def _call(call: Callable[[], object], *_kept_alive: object) -> object:
-    return call()
+    return OwnClock(engine.stopwatch([np.ascontiguousarray(source) for source in sources]))

@@ -46,8 +46,8 @@ class Settings:
             )
         if self.latency_budget_ms is not None and not self.latency_budget_ms > 0.0:
             raise InputError(f"latency_budget_ms={self.latency_budget_ms} is not a positive time")
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"unknown precision {self.precision!r}", remedy="'fp32' or 'bf16'")
+        if self.precision not in ("fp32", "fp16", "bf16"):
+            raise InputError(f"unknown precision {self.precision!r}", remedy="'fp32', 'fp16' or 'bf16'")
         for name in ("batch_size", "max_exits"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -8,7 +8,6 @@ from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import beta
 
 from exitcompiler.errors import CalibrationError, InputError
 from exitcompiler.scores import BoolArray
@@ -47,6 +46,8 @@ def clopper_pearson_upper(errors: int, rows: int, confidence: float = 0.95) -> f
     Raises:
         InputError: The numbers make no sense.
     """
+    from scipy.stats import beta  # nothing else here needs scipy: benchmarks on a bare GPU machine go without
+
     _require_confidence(confidence)
     if not 0 <= errors <= rows or rows < 1:
         raise InputError(f"{errors} errors of {rows} rows", where="confidence bound")

@@ -10,7 +10,13 @@ from exitcompiler.engines import Engines, Lowerer
 from exitcompiler.errors import BackendUnavailableError
 from exitcompiler.profile import block_times_us
 from exitcompiler.program import Program
-from exitcompiler.runtime.backends import Backend, available_backends, create_backend
+from exitcompiler.runtime.backends import (
+    BACKENDS,
+    DEVICE_BACKENDS,
+    Backend,
+    create_backend,
+    unavailable_reason,
+)
 from exitcompiler.settings import Settings
 
 __all__ = ["candidate_backends", "fastest_plain"]
@@ -21,14 +27,19 @@ logger = logging.getLogger(__name__)
 def candidate_backends(settings: Settings) -> list[Backend]:
     """The backend asked for; under "auto" all that are installed and have the precision, but torch.
 
+    A GPU is used only when it is asked for: what a call costs there depends on where its inputs lie, and
+    building engines for it takes minutes.
+
     Raises:
         BackendUnavailableError: It, or any, is not installed.
     """
     if settings.backend != "auto":
         return [create_backend(settings.backend, precision=settings.precision, threads=settings.threads)]
     found: list[Backend] = []
-    for name in available_backends():
-        if name == "torch":  # the reference: it would win only where nothing is installed
+    for name in BACKENDS:
+        if name == "torch" or name in DEVICE_BACKENDS:  # torch would win only where nothing is installed
+            continue
+        if unavailable_reason(name) is not None:
             continue
         try:
             found.append(create_backend(name, precision=settings.precision, threads=settings.threads))
@@ -36,8 +47,10 @@ def candidate_backends(settings: Settings) -> list[Backend]:
             logger.info("%s", error)
     if not found:
         raise BackendUnavailableError(
-            f"no backend for precision {settings.precision!r} is installed",
-            remedy="pip install 'exitcompiler[cpu]'",
+            f"no backend that 'auto' may choose, and that has precision {settings.precision!r}, is installed",
+            remedy="backend='cuda' or 'tensorrt', on a machine with a GPU"
+            if settings.precision == "fp16"
+            else "pip install 'exitcompiler[cpu]'",
         )
     return found
 
@@ -59,7 +72,7 @@ def fastest_plain(
     """
     engines = {backend.name: Engines(backend, lowerer) for backend in backends}
     times = {
-        name: block_times_us(program.blocks, found, rows, batch_size, repeats=60)[0]
+        name: block_times_us(found.typed(program).blocks, found, rows, batch_size, repeats=60)[0]
         for name, found in engines.items()
     }
     return engines[min(times, key=lambda name: times[name])], times

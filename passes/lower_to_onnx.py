@@ -29,13 +29,16 @@ from exitcompiler.controlflow import (
     engine_signature,
 )
 from exitcompiler.errors import LoweringError
-from exitcompiler.onnx_utils import GraphIndex, make_model, renamed_node, value_info
+from exitcompiler.onnx_utils import GraphIndex, make_model, renamed_node, round_weights, value_info
 from exitcompiler.program import Block, torch_dtype
 
-__all__ = ["OPSET", "lower_blocks"]
+__all__ = ["BFLOAT16_OPSET", "OPSET", "lower_blocks"]
 
 OPSET: Final = 20
 """Gelu is native from here on; from 23 on the exporter emits Attention, which TensorRT refuses."""
+
+BFLOAT16_OPSET: Final = 22
+"""Convolutions and pooling take bfloat16 from here on."""
 
 _SAMPLE_ROWS: Final = 2  # torch.export specialises sizes 0 and 1
 _NOISY_LOGGERS: Final = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
@@ -250,7 +253,9 @@ def _export(whole: _Whole, opset: int) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    round_weights(model)
+    return model
 
 
 @contextlib.contextmanager

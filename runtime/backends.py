@@ -5,35 +5,46 @@ A backend lives in one file and is imported when it is asked for, so that a miss
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeAlias, cast
+from typing import Final, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exitcompiler.controlflow import BlockInterface, EngineSignature, ValueSpec, engine_signature
-from exitcompiler.errors import BackendUnavailableError, InputError, LoweringError
-from exitcompiler.runtime.manifest import OperatingPoint, block_path
+from exitcompiler.errors import ArtifactError, BackendUnavailableError, InputError, LoweringError
+from exitcompiler.runtime.manifest import OperatingPoint, block_path, torch_paths
 
 __all__ = [
     "BACKENDS",
+    "DEVICE_BACKENDS",
+    "TORCH_BACKENDS",
     "Array",
     "Backend",
     "Engine",
+    "Form",
     "available_backends",
     "create_backend",
     "default_threads",
+    "is_installed",
     "load_onnx_block",
     "numpy_dtype",
     "require_precision",
     "require_signature",
+    "require_torch_graph",
+    "unavailable_reason",
 ]
 
 Array: TypeAlias = NDArray[np.generic]
+
+Form: TypeAlias = Literal["onnx", "torch"]
+"""What a backend makes engines of: ONNX models, or torch graphs."""
 
 
 class Engine(Protocol):
@@ -66,6 +77,14 @@ class Engine(Protocol):
         """
         ...
 
+    def stopwatch(self, inputs: Sequence[Array]) -> Callable[[], float]:
+        """A call that runs these inputs once and returns how many microseconds that took.
+
+        On a GPU that is time on the device: nothing is uploaded or downloaded, as between the blocks of a
+        program.
+        """
+        ...
+
 
 class Backend(Protocol):
     """Makes engines, all at one precision and thread count."""
@@ -77,7 +96,20 @@ class Backend(Protocol):
 
     @property
     def precision(self) -> str:
-        """``"fp32"`` or, opted in, ``"bf16"``."""
+        """``"fp32"`` or, opted in, ``"fp16"`` or ``"bf16"``."""
+        ...
+
+    @property
+    def form(self) -> Form:
+        """What it makes engines of."""
+        ...
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it runs programs on a GPU, in one launch: then it is a `DeviceBackend`, too.
+
+        Such a backend computes in the types that a block has, so a lower precision is one of the program.
+        """
         ...
 
     @property
@@ -122,44 +154,94 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
+    """Where a backend is, and what it needs: of each group of packages, one."""
+
     module: str
     factory: str
-    requires: str
+    requires: tuple[tuple[str, ...], ...]
     install: str
+    on_device: bool = False
 
 
 _ENTRIES: Final = {
     "onnxruntime": _Entry(
         "exitcompiler.runtime.onnxruntime_backend",
         "OnnxRuntimeBackend",
-        "onnxruntime",
+        (("onnxruntime",),),
         "pip install onnxruntime",
     ),
     "openvino": _Entry(
-        "exitcompiler.runtime.openvino_backend", "OpenVinoBackend", "openvino", "pip install openvino"
+        "exitcompiler.runtime.openvino_backend", "OpenVinoBackend", (("openvino",),), "pip install openvino"
     ),
     "torch": _Entry(
         "exitcompiler.runtime.torch_backend",
         "TorchBackend",
-        "torch",
+        (("torch",),),
         "pip install torch",
+    ),
+    "cuda": _Entry(
+        "exitcompiler.runtime.cuda_backend",
+        "CudaBackend",
+        (("torch",), ("cuda.bindings",)),
+        "pip install 'exitcompiler[cuda]', and a CUDA build of torch",
+        on_device=True,
+    ),
+    "tensorrt": _Entry(
+        "exitcompiler.runtime.tensorrt_backend",
+        "TensorRtBackend",
+        (("tensorrt", "tensorrt_rtx"), ("cuda.bindings",)),
+        "pip install 'exitcompiler[tensorrt]'",
+        on_device=True,
     ),
 }
 
 BACKENDS: Final = tuple(_ENTRIES)
 """All backend names, in the order ``"auto"`` tries them where nothing else decides."""
 
+DEVICE_BACKENDS: Final = frozenset(name for name, entry in _ENTRIES.items() if entry.on_device)
+"""Those that run on a GPU."""
+
+TORCH_BACKENDS: Final = frozenset({"torch", "cuda"})
+"""Those that run torch graphs, and not ONNX models."""
+
 
 def available_backends() -> tuple[str, ...]:
-    """The backends that are installed here (found, not imported)."""
-    return tuple(name for name, entry in _ENTRIES.items() if _is_installed(entry.requires))
+    """The backends that are installed here (found, not imported); those for a GPU if there is one."""
+    return tuple(name for name in BACKENDS if unavailable_reason(name) is None)
 
 
-def _is_installed(package: str) -> bool:
+def unavailable_reason(name: str) -> str | None:
+    """Why a backend cannot be had here, as far as can be told without importing it; None: it can."""
+    entry = _ENTRIES[name]
+    if missing := _missing(entry):
+        return f"{name} is not installed" + (f" ({' and '.join(missing)})" if missing != [name] else "")
+    if entry.on_device and not _has_gpu():
+        return f"{name} needs an NVIDIA GPU, and there is none here"
+    return None
+
+
+def _missing(entry: _Entry) -> list[str]:
+    """The packages that a backend lacks."""
+    return [" or ".join(group) for group in entry.requires if not any(map(is_installed, group))]
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package is found; it is not imported, though those that it is part of are."""
     try:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):  # blocked, or half removed
         return False
+
+
+def _has_gpu() -> bool:
+    """Whether the NVIDIA driver shows a device: quick, whatever is installed or not."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        count = ctypes.c_int(0)
+        answered = library.cuInit(0) == 0 and library.cuDeviceGetCount(ctypes.byref(count)) == 0
+    except (OSError, AttributeError):
+        return False
+    return answered and count.value > 0
 
 
 def create_backend(name: str, *, precision: str = "fp32", threads: int | None = None) -> Backend:
@@ -167,7 +249,7 @@ def create_backend(name: str, *, precision: str = "fp32", threads: int | None = 
 
     Args:
         name: One of ``BACKENDS``.
-        precision: ``"fp32"``, or ``"bf16"`` where the backend has it; never lowered silently.
+        precision: ``"fp32"``, or ``"fp16"`` or ``"bf16"`` where the backend has it; never lowered silently.
         threads: Threads per call; None: as many as this process may use.
 
     Raises:
@@ -184,8 +266,8 @@ def create_backend(name: str, *, precision: str = "fp32", threads: int | None = 
     count = default_threads() if threads is None else threads
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise InputError(f"threads={threads!r} is not a positive whole number", where="threads")
-    if not _is_installed(entry.requires):
-        raise _not_installed(name, entry, "it is not on the import path")
+    if missing := _missing(entry):
+        raise _not_installed(name, entry, f"{' and '.join(missing)} cannot be imported")
     try:
         factory = getattr(importlib.import_module(entry.module), entry.factory)
     except ImportError as error:
@@ -208,6 +290,9 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
+_HAVING: Final = {"fp16": "'cuda' or 'tensorrt'", "bf16": "'openvino', 'cuda' or 'tensorrt'"}
+
+
 def require_precision(backend: str, precision: str, offered: Sequence[str]) -> None:
     """Refuse a precision that a backend has not got.
 
@@ -215,11 +300,12 @@ def require_precision(backend: str, precision: str, offered: Sequence[str]) -> N
         BackendUnavailableError: Naming those it has.
     """
     if precision not in offered:
+        having = _HAVING.get(precision)
         raise BackendUnavailableError(
             f"backend {backend!r} has no precision {precision!r}",
             where="precision",
             remedy=f"it has {', '.join(offered)}"
-            + ("; bf16 needs backend='openvino'" if precision == "bf16" else ""),
+            + (f"; {precision} needs backend={having}" if having else ""),
         )
 
 
@@ -249,6 +335,24 @@ def load_onnx_block(
     return backend.load(model, engine_signature(block), static_batch=static_batch)
 
 
+def require_torch_graph(
+    backend: str, files: Mapping[str, bytes], point: OperatingPoint, block: BlockInterface
+) -> tuple[bytes, bytes]:
+    """A block's graph and its weights, for backends that run torch graphs.
+
+    Raises:
+        ArtifactError: The artifact was saved without them.
+    """
+    if block.name not in point.torch_files:
+        raise ArtifactError(
+            f"the artifact holds no torch graph of block {block.name!r}",
+            where=f"backend {backend!r}",
+            remedy="save it with save(path, torch=True) where it was compiled, or use another backend",
+        )
+    graph, weights = torch_paths(point.torch_files[block.name])
+    return files[graph], files[weights]
+
+
 def numpy_dtype(spec: ValueSpec) -> np.dtype[np.generic]:
     """The numpy dtype of a value.
 
@@ -258,6 +362,6 @@ def numpy_dtype(spec: ValueSpec) -> np.dtype[np.generic]:
     if spec.dtype == "bfloat16":
         raise LoweringError(
             "a value between blocks is bfloat16, which numpy does not have",
-            remedy="compile a float32 model; precision='bf16' keeps float32 between blocks",
+            remedy="run it on a GPU (backend='cuda' or 'tensorrt'), or compile it at another precision",
         )
     return np.dtype(spec.dtype)

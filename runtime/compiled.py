@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +17,20 @@ from exitcompiler.errors import ArtifactError, InputError
 from exitcompiler.runtime.backends import Array, Backend, Engine
 from exitcompiler.runtime.engine_pool import EnginePool
 from exitcompiler.runtime.forcing import force_exit
-from exitcompiler.runtime.hand_over import HandedOver, describe_part, take_handed_over
-from exitcompiler.runtime.inputs import InputReader, as_tensor, finite_check, require_finite
+from exitcompiler.runtime.hand_over import HandedOver, describe_part, take_handed_over, take_on_device
+from exitcompiler.runtime.inputs import Given, InputReader, as_tensor, finite_check, require_finite
 from exitcompiler.runtime.manifest import Artifact, Execution, Manifest, OperatingPoint
 from exitcompiler.runtime.operating_points import OperatingPoints
 from exitcompiler.runtime.rows import BatchExecutor
 from exitcompiler.runtime.single_row import OneFileExecutor, SingleRowExecutor
 
+if TYPE_CHECKING:
+    from exitcompiler.runtime.cuda_executor import DeviceExecutor
+    from exitcompiler.runtime.device_engines import DeviceBackend
+
 __all__ = ["CompiledModel", "Result"]
 
-_Answer: TypeAlias = tuple[list[Array], "int | NDArray[np.int32]", bool]
+_Answer: TypeAlias = tuple[list[Any], "int | NDArray[np.int32] | Any", Given]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +57,15 @@ class CompiledModel:
     Numpy in, numpy out; torch in, torch out. What it returns is the caller's own. Calls from several
     threads are safe and take turns; to answer in parallel, load it once per thread with ``threads=1``.
 
+    On a GPU, CUDA tensors in, CUDA tensors out: the call returns before the answer is there, as any in torch
+    does, and the answer is in the order of torch's current stream.
+
     Args:
         artifact: What was compiled.
         backend: What runs it.
         point: Index of the operating point; None: the artifact's own choice.
-        check_finite: Refuse NaN and infinity in floating-point inputs (costs about a microsecond).
+        check_finite: Refuse NaN and infinity in floating-point inputs (costs about a microsecond); not in
+            CUDA tensors, which would have to be waited for.
         forced: Take this exit for every row, whatever the gates say.
         route: The blocks to pass on the way there; None: the first ways that lead there.
         notes: What the caller should know about how it was loaded.
@@ -90,12 +99,13 @@ class CompiledModel:
         self._forced = forced
         self._check_finite = check_finite
         self._engines = EnginePool(artifact, backend) if engines is None else engines
-        self._reader = InputReader(manifest.inputs)
+        self._reader = InputReader(manifest.inputs, on_device=backend.on_device)
         self._names = tuple(manifest.inputs)
         self._structure = manifest.output_structure
         self._lock = threading.Lock()
         self._batch: BatchExecutor | None = None
         self._single: SingleRowExecutor | OneFileExecutor | None = None
+        self._device: DeviceExecutor | None = None
         self._check: Callable[[], None] = lambda: None
 
     @property
@@ -125,7 +135,8 @@ class CompiledModel:
             self._point.execution == "single"
             and self._forced is None
             and self._index == self.manifest.one_file
-            and self.backend.name != "torch"
+            and self.backend.form == "onnx"
+            and not self.backend.on_device
         )
         return "single" if one_file else "blocks"
 
@@ -237,8 +248,8 @@ class CompiledModel:
         Raises:
             InputError: The inputs do not fit the model.
         """
-        (logits, *_), _, torch_given = self._answer(inputs, named)
-        return self._wrap(logits, torch_given)
+        (logits, *_), _, given = self._answer(inputs, named)
+        return self._wrap(logits, given)
 
     def run(self, *inputs: Any, **named: Any) -> Result:
         """Like calling it, and says where each row left and how sure it was.
@@ -246,21 +257,34 @@ class CompiledModel:
         Raises:
             InputError: The inputs do not fit the model.
         """
-        values, exits, torch_given = self._answer(inputs, named)
+        values, exits, given = self._answer(inputs, named)
+        if given == "device":
+            return self._result_on_device(values, exits)
         logits, flow = values[0], self._flow
         exit_index: Any = np.array([exits], np.int32) if isinstance(exits, int) else exits
         handed_over = None
         if flow.carried:
-            handed_over = take_handed_over(flow, values[len(flow.outputs) :], exit_index, torch_given)
+            carried = values[len(flow.outputs) :]
+            handed_over = take_handed_over(flow, carried, exit_index, given == "torch")
         spread = np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
         confidence: Any = (1.0 / spread).astype(np.float32)  # a softmax's largest term is exp(0) / sum
-        if torch_given:
+        if given == "torch":
             exit_index, confidence = as_tensor(exit_index), as_tensor(confidence)
-        return Result(self._wrap(logits, torch_given), exit_index, confidence, handed_over)
+        return Result(self._wrap(logits, given), exit_index, confidence, handed_over)
+
+    def _result_on_device(self, values: list[Any], exit_index: Any) -> Result:
+        logits, flow = values[0], self._flow
+        handed_over = None
+        if flow.carried:
+            handed_over = take_on_device(flow, values[len(flow.outputs) :], exit_index)
+        confidence = logits.softmax(dim=1).amax(dim=1).float()
+        return Result(self._wrap(logits, "device"), exit_index, confidence, handed_over)
 
     def _answer(self, inputs: Sequence[Any], named: dict[str, Any]) -> _Answer:
-        """Outputs and what is carried, each row's exit (a number for one row), whether torch was given."""
-        arrays, rows, torch_given = self._reader.read(inputs, named)
+        """Outputs and what is carried, each row's exit (a number for one row), and what was given."""
+        arrays, rows, given = self._reader.read(inputs, named)
+        if self.backend.on_device:
+            return self._answer_on_device(arrays, rows, given)
         if rows == 1:
             with self._lock:
                 single = self._single
@@ -272,15 +296,36 @@ class CompiledModel:
                 if self._check_finite:
                     self._check()
                 values, exit_index = single.run()
-                return [value.copy() for value in values], exit_index, torch_given
-        if self._check_finite:
-            for name, array in zip(self._names, arrays, strict=True):
-                require_finite(name, array)
+                return [value.copy() for value in values], exit_index, given
+        self._require_finite(arrays)
         with self._lock:
             if self._batch is None:
                 self._batch = BatchExecutor(self._flow, self._engine)
             outputs, exits = self._batch.run(arrays, rows)
-        return outputs, exits, torch_given
+        return outputs, exits, given
+
+    def _answer_on_device(self, values: list[Any], rows: int, given: Given) -> _Answer:
+        if given != "device":
+            self._require_finite(values)
+        with self._lock:
+            if self._device is None:
+                self._device = self._make_device()
+            run = self._device.run_device if given == "device" else self._device.run
+            outputs, exits = run(values, rows)
+        return outputs, exits, given
+
+    def _require_finite(self, arrays: Sequence[Array]) -> None:
+        if self._check_finite:
+            for name, array in zip(self._names, arrays, strict=True):
+                require_finite(name, array)
+
+    def _make_device(self) -> DeviceExecutor:
+        from exitcompiler.runtime.cuda_executor import DeviceExecutor
+
+        # Without a reference to this model: the device's memory is freed as soon as nobody has it any more.
+        engines = partial(self._engines.device_block, self._point)
+        backend = cast("DeviceBackend", self.backend)
+        return DeviceExecutor(self._flow, engines, backend.driver, buckets=backend.buckets)
 
     def _make_single(self) -> SingleRowExecutor | OneFileExecutor:
         if self.execution == "single":
@@ -290,8 +335,8 @@ class CompiledModel:
     def _engine(self, block: BlockInterface, static_batch: int | None) -> Engine:
         return self._engines.block(self._point, block, static_batch)
 
-    def _wrap(self, logits: Array, torch_given: bool) -> Any:
-        value = as_tensor(logits) if torch_given else logits
+    def _wrap(self, logits: Any, given: Given) -> Any:
+        value = as_tensor(logits) if given == "torch" else logits
         if self._structure.kind == "dict":
             return {self._structure.key: value}
         return (value,) if self._structure.kind == "tuple" else value
@@ -327,12 +372,13 @@ class CompiledModel:
             )
         write_report(self.artifact.report, self._point.control_flow, path, point=self._point)
 
-    def save(self, path: str | PathLike[str], *, torch: bool = False, overwrite: bool = True) -> None:
+    def save(self, path: str | PathLike[str], *, torch: bool | None = None, overwrite: bool = True) -> None:
         """Write the artifact, with this operating point selected. An old one stays whole until the end.
 
         Args:
             path: A folder to make; ending in ``.zip``: one zip file.
-            torch: Also store the block graphs for the torch backend.
+            torch: Also store the torch graphs of blocks; None: if it was compiled for a backend that runs
+                them.
             overwrite: Replace an artifact that is there.
 
         Raises:
@@ -344,8 +390,8 @@ class CompiledModel:
         save_artifact(self.selected_artifact(), path, torch=torch, overwrite=overwrite)
 
     def __repr__(self) -> str:
-        threads = f"{self.backend.threads} thread{'s' if self.backend.threads > 1 else ''}"
+        threads = f", {self.backend.threads} thread{'s' if self.backend.threads > 1 else ''}"
         return (
             f"CompiledModel({self._point.name!r}: exits {list(self.exits)}, "
-            f"{self.backend.name} {self.backend.precision}, {threads})"
+            f"{self.backend.name} {self.backend.precision}{'' if self.backend.on_device else threads})"
         )

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exitcompiler.errors import InputError, LoweringError
+from exitcompiler.errors import DeviceError, InputError, LoweringError
 from exitcompiler.runtime.cuda_calls import DriverCalls, load_bindings
 
 __all__ = ["Driver"]
@@ -39,6 +39,7 @@ class Driver:
         compute_capability: ``(9, 0)``.
         driver_version: The CUDA version of the driver: ``13000`` is 13.0.
         total_memory_bytes: The device's memory.
+        make_room: Called where memory is short, before it is asked for again; None: nobody has any to give.
     """
 
     def __init__(self, calls: DriverCalls) -> None:
@@ -57,6 +58,7 @@ class Driver:
             )
         )
         self.compute_capability: tuple[int, int] = (major, minor)
+        self.make_room: Callable[[], object] | None = None
         self._lock = threading.Lock()
         self._stream: int | None = None
 
@@ -110,8 +112,14 @@ class Driver:
 
     def malloc(self, size_bytes: int) -> int:
         """Device memory; its address is a multiple of 256."""
-        what = f"allocate {size_bytes:,} bytes of device memory"
-        return int(self._call(what, "cuMemAlloc", max(size_bytes, 1)))
+        what, size = f"allocate {size_bytes:,} bytes of device memory", max(size_bytes, 1)
+        try:
+            return int(self._call(what, "cuMemAlloc", size))
+        except DeviceError:
+            if self.make_room is None:
+                raise
+        self.make_room()
+        return int(self._call(what, "cuMemAlloc", size))
 
     def free(self, address: int) -> None:
         """Give memory of `malloc` back; waits for what uses it."""
@@ -132,27 +140,13 @@ class Driver:
 
         Page-locked memory is read later and has to stay as it is until then; other memory is read at once.
         """
-        self._call(
-            "upload {:,} bytes",
-            "cuMemcpyHtoDAsync",
-            address,
-            _contiguous(array),
-            array.nbytes,
-            stream,
-            about=(array.nbytes,),
-        )
+        source, size = _contiguous(array), array.nbytes
+        self._call("upload {:,} bytes", "cuMemcpyHtoDAsync", address, source, size, stream, about=(size,))
 
     def download(self, array: NDArray[np.generic], address: int, stream: int) -> None:
         """Fill an array from the device, in the order of the stream: valid after `synchronize`."""
-        self._call(
-            "download {:,} bytes",
-            "cuMemcpyDtoHAsync",
-            _contiguous(array),
-            address,
-            array.nbytes,
-            stream,
-            about=(array.nbytes,),
-        )
+        target, size = _contiguous(array), array.nbytes
+        self._call("download {:,} bytes", "cuMemcpyDtoHAsync", target, address, size, stream, about=(size,))
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
         """Copy device memory, in the order of the stream."""

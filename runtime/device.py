@@ -11,7 +11,7 @@ from typing import Protocol
 from exitcompiler.controlflow import BlockInterface, EngineSignature
 from exitcompiler.runtime.manifest import OperatingPoint
 
-__all__ = ["Captured", "DeviceArray", "DeviceBlocks", "DeviceEngine", "undisturbed"]
+__all__ = ["Captured", "DeviceArray", "DeviceBlocks", "DeviceEngine", "keep_alive", "undisturbed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +91,7 @@ def undisturbed() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def keep_alive(*_things: object) -> None:
+    """Does nothing: as a callback of an exit stack it keeps its arguments alive until that is closed."""

@@ -16,13 +16,13 @@ from exitcompiler.runtime.backends import Array, numpy_dtype
 from exitcompiler.runtime.cuda_driver import Driver
 from exitcompiler.runtime.cuda_graphs import BuiltGraph, build
 from exitcompiler.runtime.cuda_kernels import compile_kernels
-from exitcompiler.runtime.device import Captured, DeviceArray, DeviceEngine, undisturbed
+from exitcompiler.runtime.device import Captured, DeviceArray, DeviceEngine, keep_alive, undisturbed
 from exitcompiler.runtime.graph_plan import COUNT, EXIT_INDEX, Buffer, Plan, RunBlock, steps_of
 from exitcompiler.runtime.plan_checks import verify_plan
 from exitcompiler.runtime.planning import plan_program
 from exitcompiler.runtime.rows import gate_parameters
 
-__all__ = ["DeviceEngineSource", "DeviceProgram"]
+__all__ = ["DeviceEngineSource", "DeviceProgram", "free_unless_forked"]
 
 _ALIGNMENT_BYTES: Final = 256
 
@@ -72,7 +72,7 @@ class DeviceProgram:
             self._rows = -1
             stack.callback(driver.synchronize, self._stream)  # the first thing to do before all is freed
             resources = stack.pop_all()
-        self._finalizer = weakref.finalize(self, _free, resources, driver)
+        self._finalizer = weakref.finalize(self, free_unless_forked, resources, driver)
         self._finalizer.atexit = False  # the device goes with the process
 
     @property
@@ -240,17 +240,14 @@ def _capture_blocks(
             )
         if found.destroy is not None:
             stack.callback(found.destroy)
-        stack.callback(_keep, found.keep, loaded[step.block])
+        stack.callback(keep_alive, found.keep, loaded[step.block])
         captured[step.block, step.rows] = found
     return captured
 
 
-def _keep(*_things: object) -> None:
-    """Does nothing: being registered keeps its arguments alive until everything is freed."""
-
-
-def _free(resources: contextlib.ExitStack, driver: Driver) -> None:
-    if not driver.forked:  # in a child process they are the parent's
+def free_unless_forked(resources: contextlib.ExitStack, driver: Driver) -> None:
+    """Free what is on the device; in a child process it is the parent's."""
+    if not driver.forked:
         resources.close()
 
 

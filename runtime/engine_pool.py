@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from typing import cast
 
 from exitcompiler.controlflow import BlockInterface, Branch, ControlFlow, LinearGate, engine_signature
 from exitcompiler.runtime.backends import Backend, Engine
+from exitcompiler.runtime.device import DeviceBlocks, DeviceEngine
 from exitcompiler.runtime.manifest import MODEL_FILE, Artifact, OperatingPoint
 from exitcompiler.runtime.rows import single_file_signature
 
@@ -24,22 +26,28 @@ class EnginePool:
         self.artifact = artifact
         self.backend = backend
         self._engines: dict[tuple[object, ...], Engine] = {}
+        self._device_engines: dict[tuple[object, ...], DeviceEngine] = {}
         self._lock = threading.Lock()
 
     def block(self, point: OperatingPoint, block: BlockInterface, static_batch: int | None) -> Engine:
         """The engine of a block of ``point``."""
-        signature, terminator = engine_signature(block), block.terminator
-        gate = terminator.gate if isinstance(terminator, Branch) else None
-        reads = gate.reads if isinstance(gate, LinearGate) else ()
         batch = static_batch if self.backend.specialises else None
-        names = (tuple(signature.inputs), tuple(signature.outputs), tuple(block.results), reads)
-        key = (point.files[block.name], point.torch_files.get(block.name), names, batch)
+        key = (*_key(point, block), batch)
         with self._lock:
             if key not in self._engines:
                 self._engines[key] = self.backend.load_block(
                     self.artifact.files, point, block, static_batch=batch
                 )
             return self._engines[key]
+
+    def device_block(self, point: OperatingPoint, block: BlockInterface) -> DeviceEngine:
+        """The engine of a block of ``point``, for a program on a GPU."""
+        key = _key(point, block)
+        with self._lock:
+            if key not in self._device_engines:
+                blocks = cast(DeviceBlocks, self.backend)
+                self._device_engines[key] = blocks.load_device_block(self.artifact.files, point, block)
+            return self._device_engines[key]
 
     def one_file(self, flow: ControlFlow) -> Engine:
         """The engine of the one-file model, for one row."""
@@ -49,3 +57,12 @@ class EnginePool:
                 model = self.artifact.files[MODEL_FILE]
                 self._engines[key] = self.backend.load(model, single_file_signature(flow), static_batch=1)
             return self._engines[key]
+
+
+def _key(point: OperatingPoint, block: BlockInterface) -> tuple[object, ...]:
+    """What makes two blocks have the same engine."""
+    signature, terminator = engine_signature(block), block.terminator
+    gate = terminator.gate if isinstance(terminator, Branch) else None
+    reads = gate.reads if isinstance(gate, LinearGate) else ()
+    names = (tuple(signature.inputs), tuple(signature.outputs), tuple(block.results), reads)
+    return point.files[block.name], point.torch_files.get(block.name), names

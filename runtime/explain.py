@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from exitcompiler.runtime.backends import DEVICE_BACKENDS
 from exitcompiler.runtime.explain_cascade import (
     baselines_text,
     inner_exits,
@@ -187,13 +188,14 @@ def runs_sentence(report: Mapping[str, Any]) -> str:
     if settings.get("precision"):
         parts.append(f"in {settings['precision']}")
     threads = latency.get("threads") or settings.get("threads")
-    if threads:
+    if threads and backend not in DEVICE_BACKENDS:
         parts.append(f"with {count_noun(threads, 'thread')}")
     if settings.get("batch_size"):
         parts.append(f"for batches of {settings['batch_size']}")
     execution = latency.get("execution")
     if execution:
         known = {
+            "device": "in one launch, decided on the GPU",
             "single": "as one engine (the faster way here)",
             "blocks": "as one engine per block (the faster way here)",
         }

@@ -16,7 +16,15 @@ from exitcompiler.runtime.backends import Array, numpy_dtype
 from exitcompiler.runtime.inputs import as_tensor
 from exitcompiler.runtime.manifest import Manifest, Part
 
-__all__ = ["HandOver", "HandedOver", "describe_part", "hand_over_of", "row_bytes", "take_handed_over"]
+__all__ = [
+    "HandOver",
+    "HandedOver",
+    "describe_part",
+    "hand_over_of",
+    "row_bytes",
+    "take_handed_over",
+    "take_on_device",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +91,7 @@ def take_handed_over(
         exit_index: Where each row left, ``int32[batch]``.
         torch_given: Whether to make tensors.
     """
-    carries = np.array([bool(way.carries) for way in flow.returns.values()])
-    rows: Any = np.flatnonzero(carries[exit_index])
+    rows: Any = np.flatnonzero(_carries(flow)[exit_index])
     values: dict[str, Any] = {
         name: carried[position][rows] if carried else np.empty((0, *spec.shape[1:]), numpy_dtype(spec))
         for position, (name, spec) in enumerate(flow.carried.items())
@@ -92,6 +99,23 @@ def take_handed_over(
     if torch_given:
         rows, values = as_tensor(rows), {name: as_tensor(value) for name, value in values.items()}
     return HandedOver(rows, values)
+
+
+def take_on_device(flow: ControlFlow, carried: Sequence[Any], exit_index: Any) -> HandedOver:
+    """As `take_handed_over`, of tensors on the GPU; waits for it, to know how many rows there are.
+
+    Args:
+        flow: A near part.
+        carried: A tensor per carried value.
+        exit_index: Where each row left.
+    """
+    rows = as_tensor(np.flatnonzero(_carries(flow)[exit_index.cpu().numpy()])).to(exit_index.device)
+    return HandedOver(rows, {name: tensor[rows] for name, tensor in zip(flow.carried, carried, strict=True)})
+
+
+def _carries(flow: ControlFlow) -> NDArray[np.bool_]:
+    """Whether rows that leave at an exit go on elsewhere; behind the last one, False for exit -1 (none)."""
+    return np.array([*(bool(way.carries) for way in flow.returns.values()), False])
 
 
 def describe_part(manifest: Manifest, part: Part) -> str:

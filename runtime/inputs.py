@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,13 @@ from exitcompiler.controlflow import ValueSpec
 from exitcompiler.errors import InputError
 from exitcompiler.runtime.backends import Array, numpy_dtype
 
-__all__ = ["InputReader", "as_tensor", "finite_check", "require_finite"]
+__all__ = ["DEVICE", "Given", "InputReader", "as_tensor", "finite_check", "require_finite"]
+
+DEVICE: Final = 0
+"""The GPU that programs run on: the first one that ``CUDA_VISIBLE_DEVICES`` names."""
+
+Given: TypeAlias = Literal["numpy", "torch", "device"]
+"""What a caller passed, and gets: arrays, tensors in the host's memory, tensors on the GPU."""
 
 _DOT_LIMIT = 8192
 """Up to this many numbers a dot product is the fastest check; BLAS may start threads for more."""
@@ -24,16 +30,18 @@ class InputReader:
 
     Args:
         specs: The model's inputs, in order.
+        on_device: Whether the program runs on a GPU, so that tensors there are taken as they are.
     """
 
-    def __init__(self, specs: Mapping[str, ValueSpec]) -> None:
+    def __init__(self, specs: Mapping[str, ValueSpec], *, on_device: bool = False) -> None:
         self._specs = dict(specs)
+        self._on_device = on_device
         self._expected = [
             (name, spec, numpy_dtype(spec), spec.shape[1:] if spec.batch_axis == 0 else spec.shape)
             for name, spec in specs.items()
         ]
 
-    def read(self, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[list[Array], int, bool]:
+    def read(self, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[list[Any], int, Given]:
         """Check the arguments of a call.
 
         Args:
@@ -41,7 +49,8 @@ class InputReader:
             named: Inputs by name.
 
         Returns:
-            The arrays in order, the batch size, and whether a torch tensor was among them.
+            The arrays in order (tensors, where they are on the GPU), the batch size, and what was given:
+            tensors if any of them was one.
 
         Raises:
             InputError: Missing or unknown inputs, wrong dtype, shape or device, no rows.
@@ -55,19 +64,21 @@ class InputReader:
                 and value.shape[1:] == tail
                 and len(value)
             ):
-                return [value], len(value), False
+                return [value], len(value), "numpy"
         given = args if len(args) == len(self._expected) and not named else self._by_name(args, named)
         if isinstance(given[0], Mapping):
             given = self._by_name((), given[0])
-        rows, torch_given = -1, False
-        arrays: list[Array] = []
-        for value, (name, spec, dtype, tail) in zip(given, self._expected, strict=True):
-            array = value
+        rows = -1
+        kinds: list[Given] = []
+        arrays: list[Any] = []
+        for value, (name, spec, _, tail) in zip(given, self._expected, strict=True):
+            array: Any = value
+            kind: Given = "numpy"
             if type(value) is not np.ndarray:
-                array, is_torch = _to_numpy(value, name)
-                torch_given = torch_given or is_torch
-            if array.dtype != dtype:
-                raise _wrong_dtype(name, spec, array, torch_given)
+                array, kind = self._take(value, name)
+            kinds.append(kind)
+            if str(array.dtype).removeprefix("torch.") != spec.dtype:
+                raise _wrong_dtype(name, spec, array, kind)
             batched = spec.batch_axis == 0
             if (array.shape[1:] if batched else array.shape) != tail or (batched and not array.shape):
                 raise InputError(
@@ -84,7 +95,30 @@ class InputReader:
             arrays.append(array)
         if rows == 0:
             raise InputError("the batch has 0 rows", where="input", remedy="pass at least one row")
-        return arrays, max(rows, 1), torch_given
+        return arrays, max(rows, 1), _together(kinds, list(self._specs))
+
+    def _take(self, value: Any, name: str) -> tuple[Any, Given]:
+        """What is not simply an array, as one, or as the tensor on the GPU that it is."""
+        torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+        if torch is not None and isinstance(value, torch.Tensor):
+            if value.device.type == "cuda" and self._on_device:
+                return _on_our_device(value, name), "device"
+            if value.device.type != "cpu":
+                raise InputError(
+                    f"the tensor is on device {str(value.device)!r}",
+                    where=f"input {name!r}",
+                    remedy=f"this program runs on {'cuda:0' if self._on_device else 'the CPU'}: pass x.cpu()",
+                )
+            if value.dtype == torch.bfloat16:
+                raise InputError("the tensor is bfloat16", where=f"input {name!r}", remedy="pass x.float()")
+            return value.detach().numpy(), "torch"
+        if isinstance(value, np.ndarray | np.generic):
+            return np.asarray(value), "numpy"
+        raise InputError(
+            f"expected a numpy array or a torch tensor, found {type(value).__name__}",
+            where=f"input {name!r}",
+            remedy="convert it with numpy.asarray(x, dtype=...)",
+        )
 
     def _by_name(self, args: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
         names = list(self._specs)
@@ -103,31 +137,34 @@ class InputReader:
         return [given[name] for name in names]
 
 
-def _to_numpy(value: Any, name: str) -> tuple[Array, bool]:
-    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
-    if torch is not None and isinstance(value, torch.Tensor):
-        if value.device.type != "cpu":
+def _on_our_device(value: Any, name: str) -> Any:
+    if value.device.index != DEVICE:
+        raise InputError(
+            f"the tensor is on {str(value.device)!r}, the program runs on 'cuda:{DEVICE}'",
+            where=f"input {name!r}",
+            remedy=f"pass x.to('cuda:{DEVICE}'), or choose the device with CUDA_VISIBLE_DEVICES",
+        )
+    return value.detach()
+
+
+def _together(kinds: Sequence[Given], names: Sequence[str]) -> Given:
+    """What the inputs are all in all; those on the GPU cannot be mixed with others."""
+    if "device" not in kinds:
+        return "torch" if "torch" in kinds else "numpy"
+    for name, kind in zip(names, kinds, strict=True):
+        if kind != "device":
             raise InputError(
-                f"the tensor is on device {str(value.device)!r}",
+                "it is in the host's memory, others are on the GPU",
                 where=f"input {name!r}",
-                remedy="this program runs on the CPU: pass x.cpu()",
+                remedy=f"pass all inputs as tensors on 'cuda:{DEVICE}', or none",
             )
-        if value.dtype == torch.bfloat16:
-            raise InputError("the tensor is bfloat16", where=f"input {name!r}", remedy="pass x.float()")
-        array: Array = value.detach().numpy()
-        return array, True
-    if isinstance(value, np.ndarray | np.generic):
-        return np.asarray(value), False
-    raise InputError(
-        f"expected a numpy array or a torch tensor, found {type(value).__name__}",
-        where=f"input {name!r}",
-        remedy="convert it with numpy.asarray(x, dtype=...)",
-    )
+    return "device"
 
 
-def _wrong_dtype(name: str, spec: ValueSpec, array: Array, torch_given: bool) -> InputError:
-    cast = f"x.to(torch.{spec.dtype})" if torch_given else f"x.astype(numpy.{spec.dtype})"
-    return InputError(f"expected {spec}, found {array.dtype}", where=f"input {name!r}", remedy=f"pass {cast}")
+def _wrong_dtype(name: str, spec: ValueSpec, array: Any, given: Given) -> InputError:
+    cast = f"x.astype(numpy.{spec.dtype})" if given == "numpy" else f"x.to(torch.{spec.dtype})"
+    found = str(array.dtype).removeprefix("torch.")
+    return InputError(f"expected {spec}, found {found}", where=f"input {name!r}", remedy=f"pass {cast}")
 
 
 def require_finite(name: str, array: Array) -> None:

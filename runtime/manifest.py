@@ -22,6 +22,7 @@ __all__ = [
     "OperatingPoint",
     "Part",
     "block_path",
+    "can_have_torch_graphs",
     "has_torch_graphs",
     "torch_paths",
     "with_torch_graphs",
@@ -191,6 +192,11 @@ def with_torch_graphs(artifact: Artifact) -> Artifact:
     if artifact.add_torch_graphs is None or has_torch_graphs(artifact.manifest):
         return artifact
     return artifact.add_torch_graphs(artifact)
+
+
+def can_have_torch_graphs(artifact: Artifact) -> bool:
+    """Whether an artifact has torch graphs, or a way to them."""
+    return artifact.add_torch_graphs is not None or has_torch_graphs(artifact.manifest)
 
 
 def has_torch_graphs(manifest: Manifest) -> bool:

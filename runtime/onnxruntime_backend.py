@@ -21,12 +21,14 @@ from exitcompiler.errors import BackendUnavailableError, LoweringError
 from exitcompiler.runtime.backends import (
     Array,
     Engine,
+    Form,
     load_onnx_block,
     numpy_dtype,
     require_precision,
     require_signature,
 )
 from exitcompiler.runtime.manifest import OperatingPoint
+from exitcompiler.runtime.single_row import bound_stopwatch
 
 __all__ = ["OnnxRuntimeBackend", "share_thread_pool"]
 
@@ -98,6 +100,8 @@ class OnnxRuntimeBackend:
     """
 
     name = _NAME
+    form: Form = "onnx"
+    on_device = False
     specialises = False  # a dynamic batch costs a session nothing
 
     def __init__(self, *, precision: str = "fp32", threads: int) -> None:
@@ -175,3 +179,6 @@ class _OnnxRuntimeEngine:
         for (name, spec), array in zip(self.signature.outputs.items(), outputs, strict=True):
             binding.bind_output(name, "cpu", 0, numpy_dtype(spec).type, array.shape, array.ctypes.data)
         return partial(self._session.run_with_iobinding, binding)
+
+    def stopwatch(self, inputs: Sequence[Array]) -> Callable[[], float]:
+        return bound_stopwatch(self, inputs)

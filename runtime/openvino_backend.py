@@ -18,11 +18,13 @@ from exitcompiler.errors import BackendUnavailableError, LoweringError
 from exitcompiler.runtime.backends import (
     Array,
     Engine,
+    Form,
     load_onnx_block,
     require_precision,
     require_signature,
 )
 from exitcompiler.runtime.manifest import OperatingPoint
+from exitcompiler.runtime.single_row import bound_stopwatch
 
 __all__ = ["OpenVinoBackend"]
 
@@ -51,6 +53,8 @@ class OpenVinoBackend:
     """
 
     name = _NAME
+    form: Form = "onnx"
+    on_device = False
     specialises = True
 
     def __init__(self, *, precision: str = "fp32", threads: int) -> None:
@@ -157,6 +161,9 @@ class _OpenVinoEngine:
         for position, array in zip(self._outputs, outputs, strict=True):
             request.set_output_tensor(position, ov.Tensor(array, shared_memory=True))
         return partial(request.infer, share_outputs=True)
+
+    def stopwatch(self, inputs: Sequence[Array]) -> Callable[[], float]:
+        return bound_stopwatch(self, inputs)
 
 
 def _positions(specs: Mapping[str, ValueSpec], ports: Sequence[Any]) -> list[int]:

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
 
 import numpy as np
 import torch
+from torch import fx
 
-from exitcompiler.controlflow import (
-    ACTION,
-    GATE_BIAS,
-    GATE_WEIGHT,
-    BlockInterface,
-    Branch,
-    EngineSignature,
-    LinearGate,
-    engine_signature,
+from exitcompiler.controlflow import BlockInterface, EngineSignature, engine_signature
+from exitcompiler.errors import LoweringError
+from exitcompiler.runtime.backends import (
+    Array,
+    Engine,
+    Form,
+    numpy_dtype,
+    require_precision,
+    require_torch_graph,
 )
-from exitcompiler.errors import ArtifactError, LoweringError
-from exitcompiler.runtime.backends import Array, Engine, require_precision
-from exitcompiler.runtime.manifest import OperatingPoint, torch_paths
+from exitcompiler.runtime.manifest import OperatingPoint
+from exitcompiler.runtime.single_row import bound_stopwatch
+from exitcompiler.runtime.torch_bodies import Body, run_block
 
-__all__ = ["Body", "TorchBackend", "torch_engine"]
-
-Body: TypeAlias = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
-"""A block's body: its params, in order, to its results, in order."""
+__all__ = ["TorchBackend", "torch_engine"]
 
 _NAME = "torch"
 
@@ -40,6 +37,8 @@ class TorchBackend:
     """
 
     name = _NAME
+    form: Form = "torch"
+    on_device = False
     specialises = False
 
     def __init__(self, *, precision: str = "fp32", threads: int) -> None:
@@ -74,14 +73,12 @@ class TorchBackend:
         """
         from exitcompiler.runtime.torch_graphs import load_body
 
-        if block.name not in point.torch_files:
-            raise ArtifactError(
-                f"the artifact holds no torch graph of block {block.name!r}",
-                where="backend 'torch'",
-                remedy="save it with save(path, torch=True), or use another backend",
-            )
-        graph, weights = torch_paths(point.torch_files[block.name])
-        return torch_engine(block, load_body(files[graph], files[weights]), threads=self.threads)
+        graph, weights = require_torch_graph(_NAME, files, point, block)
+        return torch_engine(block, load_body(graph, weights), threads=self.threads)
+
+    def load_body(self, block: BlockInterface, body: fx.GraphModule) -> Engine:
+        """Make an engine of a block whose graph is at hand."""
+        return torch_engine(block, lambda values: body(*values), threads=self.threads)
 
 
 def torch_engine(block: BlockInterface, body: Body, *, threads: int | None = None) -> Engine:
@@ -109,15 +106,11 @@ class _TorchEngine:
                 name: torch.from_numpy(np.require(array, requirements=("C", "W")))
                 for name, array in zip(self.signature.inputs, inputs, strict=True)
             }
-            values = {name: named[name] for name in self._block.params}
-            results = self._body(list(values.values()))
-            values.update(zip(self._block.results, results, strict=True))
-            terminator = self._block.terminator
-            if isinstance(terminator, Branch) and isinstance(terminator.gate, LinearGate):
-                features = torch.cat([values[name] for name in terminator.gate.reads], dim=1)
-                scores = features @ named[GATE_WEIGHT].T + named[GATE_BIAS]
-                values[ACTION] = scores.argmax(dim=1).to(torch.int32)  # the first of equals
-            return [np.array(values[name].contiguous().numpy()) for name in self.signature.outputs]
+            values = run_block(self._block, self._body, named)
+            return [
+                np.array(values[name].contiguous().numpy(), numpy_dtype(spec))
+                for name, spec in self.signature.outputs.items()
+            ]
 
     def runner(self) -> Callable[[Sequence[Array]], Sequence[Array]]:
         return self.run
@@ -128,6 +121,9 @@ class _TorchEngine:
                 np.copyto(buffer, array)
 
         return call
+
+    def stopwatch(self, inputs: Sequence[Array]) -> Callable[[], float]:
+        return bound_stopwatch(self, inputs)
 
 
 @contextmanager

@@ -79,7 +79,11 @@ FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = MappingProxyType(
 
 
 def load_body(
-    graph: bytes, weights: bytes, *, device: str = "cpu"
+    graph: bytes,
+    weights: bytes,
+    *,
+    device: str = "cpu",
+    rewrite: Callable[[fx.GraphModule], object] | None = None,
 ) -> Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]:
     """Rebuild a block's body from what ``serialize_body`` wrote.
 
@@ -87,6 +91,7 @@ def load_body(
         graph: The JSON document.
         weights: The safetensors file.
         device: Where the weights go and the body runs.
+        rewrite: Changes the body in place before it is used, as a backend would have it.
 
     Returns:
         The body: the params, in order, to the results, in order.
@@ -100,6 +105,8 @@ def load_body(
         root.fail(f"not a {FORMAT} of version {VERSION}")
     root.only("format", "version", "params", "tensors", "nodes", "results")
     body = fx.GraphModule(_load_tensors(root["tensors"], weights, device), _read_graph(root, device))
+    if rewrite is not None:
+        rewrite(body)
 
     def run(params: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         results: tuple[torch.Tensor, ...] = body(*params)

@@ -1,13 +1,23 @@
-"""Small programs for tests: a builder for bodies, and hypothesis strategies for whole programs."""
+"""Small programs for tests: hypothesis strategies for whole ones, besides the builders of row_programs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
-from torch import fx
+from row_programs import (
+    ROW,
+    WIDTH,
+    aten,
+    build_body,
+    diamond,
+    exit_chain,
+    row_block,
+    row_program,
+    rows,
+    sample,
+)
 
 from exitcompiler.controlflow import (
     Branch,
@@ -19,13 +29,8 @@ from exitcompiler.controlflow import (
     Return,
     Successor,
     Terminator,
-    ValueSpec,
 )
-from exitcompiler.program import Block, Program
-
-WIDTH = 3
-ROW = ValueSpec(("batch", WIDTH), "float32")
-aten = torch.ops.aten
+from exitcompiler.program import Program
 
 BINARY: tuple[Callable[..., Any], ...] = (
     aten.add.Tensor,
@@ -39,59 +44,6 @@ UNARY: tuple[Callable[..., Any], ...] = (
     aten.neg.default,
     aten.sigmoid.default,
 )
-
-
-def sample(spec: ValueSpec) -> torch.Tensor:
-    """A meta tensor of the type, with two rows."""
-    shape = [2 if size == "batch" else int(size) for size in spec.shape]
-    return torch.empty(shape, dtype=getattr(torch, spec.dtype), device="meta")
-
-
-def build_body(
-    params: Mapping[str, ValueSpec],
-    operations: Sequence[tuple[str, Callable[..., Any], tuple[Any, ...]]],
-    results: Sequence[str],
-    constants: Mapping[str, torch.Tensor] | None = None,
-) -> fx.GraphModule:
-    """A body from (name, operator, arguments) triples; argument strings name earlier values."""
-    root = torch.nn.Module()
-    graph = fx.Graph()
-    nodes: dict[str, fx.Node] = {}
-    for name, tensor in (constants or {}).items():
-        root.register_buffer(name, tensor)
-        nodes[name] = graph.get_attr(name)
-        nodes[name].meta["val"] = tensor.to("meta")
-    for name, spec in params.items():
-        nodes[name] = graph.placeholder(name)
-        nodes[name].meta["val"] = sample(spec)
-    for name, target, arguments in operations:
-        node = graph.create_node(
-            "call_function",
-            target,
-            tuple(nodes.get(a, a) if isinstance(a, str) else a for a in arguments),
-            name=name,
-        )
-        node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args))
-        nodes[name] = node
-    graph.output(tuple(nodes[name] for name in results))
-    return fx.GraphModule(root, graph)
-
-
-def row_block(
-    name: str,
-    params: Sequence[str],
-    operations: Sequence[tuple[str, Callable[..., Any], tuple[Any, ...]]],
-    results: Sequence[str],
-    terminator: Terminator,
-) -> Block:
-    """A block whose values are all ``float32[batch, 3]``."""
-    specs = dict.fromkeys(params, ROW)
-    return Block(name, specs, dict.fromkeys(results, ROW), terminator, build_body(specs, operations, results))
-
-
-def row_program(*blocks: Block) -> Program:
-    """A program over ``float32[batch, 3]`` values with one output ``y``."""
-    return Program(dict(blocks[0].params), {"y": ROW}, blocks)
 
 
 numbers = st.floats(-2, 2, width=32).map(lambda value: round(value, 2))
@@ -159,46 +111,6 @@ def _terminators(draw: st.DrawFn, ways: list[Successor], values: Sequence[str]) 
         way = ways[0]
         return way if isinstance(way, Return) else Jump(way)
     return Branch(draw(gates(values, len(ways))), tuple(ways))
-
-
-def rows(count: int, program: Program, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(count, *(int(size) for size in spec.shape[1:]), generator=generator)
-        for name, spec in program.inputs.items()
-    }
-
-
-def exit_chain(*, leave: Gate | None = None) -> Program:
-    """Two blocks with one exit between them: the smallest program with a decision."""
-    first = row_block(
-        "first",
-        ["x"],
-        [("h", aten.tanh.default, ("x",)), ("early", aten.neg.default, ("h",))],
-        ["h", "early"],
-        Branch(
-            leave
-            if leave is not None
-            else LinearGate(("h",), ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0)), (0.0, 0.0)),
-            (Return(("early",), "first"), Edge("second", ("h",))),
-        ),
-    )
-    second = row_block(
-        "second", ["h"], [("late", aten.mul.Tensor, ("h", "h"))], ["late"], Return(("late",), "backbone")
-    )
-    return row_program(first, second)
-
-
-def diamond() -> Program:
-    """Layer skipping: run the layer, or go round it; both edges bind the join's param."""
-    gate = LinearGate(("x",), ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0)), (0.0, 0.0))
-    return row_program(
-        row_block("head", ["x"], [("h", aten.tanh.default, ("x",))], ["h"],
-                  Branch(gate, (Edge("join", ("h",)), Edge("layer", ("h",))))),
-        row_block("layer", ["a"], [("b", aten.relu.default, ("a",))], ["b"], Jump(Edge("join", ("b",)))),
-        row_block("join", ["j"], [("y", aten.neg.default, ("j",))], ["y"], Return(("y",), "end")),
-    )  # fmt: skip
 
 
 __all__ = [

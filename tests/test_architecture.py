@@ -31,6 +31,7 @@ LAZY = {
 ONLY_IN = {
     "onnxruntime": {"exitcompiler.runtime.onnxruntime_backend"},
     "openvino": {"exitcompiler.runtime.openvino_backend"},
+    "cuda": {"exitcompiler.runtime.cuda_calls", "exitcompiler.runtime.cuda_kernels"},
     "jinja2": {"exitcompiler.report"},
     "markupsafe": {"exitcompiler.report"},
     "matplotlib": {"exitcompiler.cascade_charts", "exitcompiler.charts"},
@@ -44,6 +45,8 @@ ONLY_IN = {
         "exitcompiler.passes.assemble_onnx",
     },
     "onnxscript": set(),
+    "tensorrt": set(),  # found by name in exitcompiler.runtime.tensorrt_api, this one or the next
+    "tensorrt_rtx": set(),
     "pickle": set(),
     "marshal": set(),
     "shelve": set(),
@@ -153,10 +156,11 @@ def test_runtime_needs_only_errors_control_flow_and_itself() -> None:
 
 def test_runtime_needs_only_numpy_and_the_backend_at_hand() -> None:
     homes = {
-        "torch": {"torch_backend", "torch_graphs"},
+        "torch": {"batch_norm_folding", "cuda_backend", "torch_backend", "torch_bodies", "torch_graphs"},
         "safetensors": {"torch_graphs"},
         "onnxruntime": {"onnxruntime_backend"},
         "openvino": {"openvino_backend"},
+        "cuda": {"cuda_calls", "cuda_kernels"},
     }
     bad = []
     for found in EXTERNAL:

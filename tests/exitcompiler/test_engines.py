@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from programs import ROW, aten, build_body, row_block
+from programs import ROW, aten, build_body, diamond, exit_chain, row_block
 
 from exitcompiler import engines as module
-from exitcompiler.engines import Engines, Lowerer, block_key
+from exitcompiler.engines import Engines, Lowerer, block_key, lowerer_for
+from exitcompiler.passes.lower_to_onnx import BFLOAT16_OPSET, OPSET
 from exitcompiler.program import Block, Branch, LinearGate, Return
 from exitcompiler.runtime.backends import create_backend
 
@@ -54,7 +57,8 @@ class _Models:
     def __init__(self) -> None:
         self.lowered = 0
 
-    def __call__(self, blocks: list[Block]) -> dict[str, bytes]:
+    def __call__(self, blocks: list[Block], *, opset: int) -> dict[str, bytes]:
+        assert opset == OPSET
         self.lowered += len(blocks)
         return {block.name: block.body.get_buffer("w").numpy().tobytes() for block in blocks}
 
@@ -80,3 +84,20 @@ def test_engines_of_blocks_that_are_gone_are_never_given_to_others() -> None:
         assert engines.engine(scaled(block.body.get_buffer("w"))) is engine
         np.testing.assert_array_equal(engine.run([x])[0], x * number)
         del block.body.w
+
+
+def test_programs_are_cast_for_a_gpu_alone() -> None:
+    """A backend for CPUs lowers the precision by itself; one on a GPU computes in the types it is given."""
+
+    def backend(precision: str, *, on_device: bool) -> Any:
+        return SimpleNamespace(precision=precision, on_device=on_device)
+
+    program = exit_chain()
+    on_device = Engines(backend("bf16", on_device=True), Lowerer())
+    cast = on_device.typed(program)
+    assert any(spec.dtype == "bfloat16" for spec in on_device.typed(diamond()).blocks[1].params.values())
+    assert on_device.typed(program) is cast  # so that it is lowered once
+    for other in (backend("bf16", on_device=False), backend("fp32", on_device=True)):
+        assert Engines(other, Lowerer()).typed(program) is program
+    assert lowerer_for([backend("bf16", on_device=True)]).opset == BFLOAT16_OPSET
+    assert lowerer_for([backend("bf16", on_device=False), backend("fp16", on_device=True)]).opset == OPSET

@@ -128,8 +128,8 @@ def test_a_tie_goes_to_the_lowest_action() -> None:
     engines = [torch_engine(block, torch_body(program, "first"))]  # type: ignore[arg-type]
     engines += [
         create_backend(name, threads=1).load(to_onnx(block, program.bodies["first"]), engine_signature(block))
-        for name in available_backends()
-        if name != "torch"
+        for name in ("onnxruntime", "openvino")
+        if name in available_backends()
     ]
     for engine in engines:
         assert engine.run([random_rows(4), *ties])[-1].tolist() == [0, 0, 0, 0]

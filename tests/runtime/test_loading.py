@@ -86,7 +86,8 @@ def test_loading_and_running_needs_no_torch(saved: Path) -> None:
         imported = {name.split(".")[0] for name, module in sys.modules.items() if module is not None}
         assert not imported & {"torch", "onnx", "pandas"}, imported
     """
-    installed = [name for name in backends.available_backends() if name != "torch"]
+    without = {"torch", *backends.DEVICE_BACKENDS}
+    installed = [name for name in backends.available_backends() if name not in without]
     subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), str(saved), *installed], check=True, timeout=60
     )
@@ -345,9 +346,7 @@ def test_another_backend_only_under_auto(
     saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("openvino")
-    for module in (backends, loading):
-        monkeypatch.setattr(module, "available_backends", lambda: ("openvino", "torch"))
-    monkeypatch.setattr(backends, "_is_installed", lambda package: package != "onnxruntime")
+    monkeypatch.setattr(backends, "is_installed", lambda package: package != "onnxruntime")
     model = load(saved)
     assert model.backend.name == "openvino"
     assert model.notes == (
@@ -359,9 +358,18 @@ def test_another_backend_only_under_auto(
 
 
 def test_no_backend_at_all(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "available_backends", lambda: ("torch",))
+    monkeypatch.setattr(backends, "is_installed", lambda package: package == "torch")
     with pytest.raises(BackendUnavailableError, match=r"holds no torch graphs\n.*pip install onnxruntime"):
         load(saved)
+
+
+def test_a_program_for_a_cpu_asks_for_no_gpu(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> bool:
+        raise AssertionError("CUDA would be initialised, and processes forked later could not use it")
+
+    monkeypatch.setattr(backends, "_has_gpu", asked)
+    monkeypatch.setattr(backends, "is_installed", lambda package: package != "onnxruntime")
+    assert load(saved).backend.name == "openvino"
 
 
 def test_options(saved: Path) -> None:

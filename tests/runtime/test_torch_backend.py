@@ -78,7 +78,7 @@ def packed(program: Program) -> Artifact:
 
 def test_an_artifact_with_torch_graphs(tmp_path: Path) -> None:
     program = exit_chain()
-    save_artifact(packed(program), tmp_path / "m", torch=True)
+    save_artifact(packed(program), tmp_path / "m")  # made for torch, so with what that runs
     model = load(tmp_path / "m")
     assert model.backend.name == "torch"
     x = torch.linspace(-2, 2, 60).reshape(20, 3)
@@ -89,3 +89,5 @@ def test_an_artifact_with_torch_graphs(tmp_path: Path) -> None:
         alone = model.run(x[row : row + 1])
         torch.testing.assert_close(alone.outputs[0], result.outputs[row])
         assert alone.exit_index[0] == result.exit_index[row]
+    model.save(tmp_path / "without", torch=False)
+    assert not (tmp_path / "without" / "torch").exists()
