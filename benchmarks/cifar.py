@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -82,6 +81,8 @@ def load_resnet(weights: Path, depth: int) -> CifarResNet:
         weights: The folder that holds ``resnet<depth>.safetensors``.
         depth: 20, 32, 44 or 56.
     """
+    from safetensors.torch import load_file  # who defines a network only does not need it
+
     model = CifarResNet((depth - 2) // 6)
     model.load_state_dict(load_file(weights / f"resnet{depth}.safetensors"))
     return model.eval()

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from cifar10_contenders import PLAIN, Contender, answers
 from cifar10_setup import SEED, Array, Job
+from prefixes import prefix_block
 
 from exitcompiler.compiler import Details
-from exitcompiler.controlflow import Branch, Jump, LinearGate, Return, engine_signature, successors
+from exitcompiler.controlflow import engine_signature
 from exitcompiler.engines import Engines
-from exitcompiler.passes.merge_blocks import merge_blocks
 from exitcompiler.program import Block, Program
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.runtime.single_row import aligned_empty
@@ -27,7 +27,6 @@ __all__ = [
     "dominating",
     "final_figure",
     "in_turns",
-    "prefix_block",
     "table",
 ]
 
@@ -155,37 +154,6 @@ def chosen_program(details: Details) -> Program:
     if details.selection is None or details.compiled.artifact.report.get("refused"):
         return details.program
     return details.selection.chosen.program
-
-
-def prefix_block(program: Program, exit_name: str) -> Block:
-    """Everything up to an exit as one block that hands out all that heads and gates made on the way.
-
-    Args:
-        program: A chain.
-        exit_name: Where it ends.
-    """
-    blocks: list[Block] = []
-    wanted: list[str] = []
-    for block in program.blocks:
-        answers_here = [
-            way for way in successors(block.terminator) if isinstance(way, Return)
-        ]  # a chain: at most one
-        made = [value for way in answers_here for value in way.values]
-        if isinstance(block.terminator, Branch) and isinstance(block.terminator.gate, LinearGate):
-            made += [name for name in block.terminator.gate.reads if name in block.results]
-        wanted += made
-        if any(way.exit == exit_name for way in answers_here):
-            end = Return(answers_here[0].values, exit_name)
-            blocks.append(Block(block.name, block.params, block.results, end, block.body))
-            break
-        onward = next(way for way in successors(block.terminator) if not isinstance(way, Return))
-        blocks.append(Block(block.name, block.params, block.results, Jump(onward), block.body))
-    (merged,) = merge_blocks(Program(program.inputs, program.outputs, tuple(blocks))).blocks
-    lost = [name for name in wanted if name not in merged.results]
-    assert not lost, f"merging renamed {lost}"
-    return Block(
-        f"prefix-{exit_name}", merged.params, merged.results, Return(tuple(wanted), exit_name), merged.body
-    )
 
 
 def bound_call(block: Block, engines: Engines, batch: int) -> Callable[[Array], object]:

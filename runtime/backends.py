@@ -182,15 +182,15 @@ _ENTRIES: Final = {
     "cuda": _Entry(
         "exitcompiler.runtime.cuda_backend",
         "CudaBackend",
-        (("torch",), ("cuda.bindings",)),
-        "pip install 'exitcompiler[cuda]', and a CUDA build of torch",
+        (("torch",), ("cuda.bindings",), ("safetensors",)),
+        "pip install 'exitcompiler[cuda]' ([cuda12] for a driver of CUDA 12), and a CUDA build of torch",
         on_device=True,
     ),
     "tensorrt": _Entry(
         "exitcompiler.runtime.tensorrt_backend",
         "TensorRtBackend",
         (("tensorrt", "tensorrt_rtx"), ("cuda.bindings",)),
-        "pip install 'exitcompiler[tensorrt]'",
+        "pip install 'exitcompiler[cuda,tensorrt]' ([cuda12,tensorrt] for a driver of CUDA 12)",
         on_device=True,
     ),
 }

@@ -16,7 +16,7 @@ from exitcompiler.errors import BackendUnavailableError, DeviceError, ExitCompil
 
 __all__ = ["CUDA_INSTALL_COMMAND", "DriverCalls", "load_bindings"]
 
-CUDA_INSTALL_COMMAND: Final = "pip install 'exitcompiler[cuda]'"
+CUDA_INSTALL_COMMAND: Final = "pip install 'exitcompiler[cuda]' ([cuda12] for a driver of CUDA 12)"
 
 _OLDEST_DRIVER: Final = 12080
 _OUT_OF_MEMORY: Final = "CUDA_ERROR_OUT_OF_MEMORY"

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from exitcompiler.controlflow import EngineSignature, ValueSpec
+from exitcompiler.controlflow import ACTION, EngineSignature, ValueSpec
 from exitcompiler.runtime.backends import Array, Backend, numpy_dtype
 from exitcompiler.runtime.cuda_driver import Driver
 from exitcompiler.runtime.device import (
@@ -31,6 +31,8 @@ __all__ = ["MOST_ROWS", "DeviceBackend", "HostArrayEngine", "host_dtype", "launc
 
 MOST_ROWS: Final = 32
 """Rows of one launch, at most, as in `cuda_executor`; larger batches are several launches."""
+
+_WORD_BYTES: Final = 4
 
 TIMED_RUNS: Final = 16
 """How often a stopwatch lets a block run between two events, whose resolution is half a microsecond."""
@@ -123,7 +125,8 @@ class HostArrayEngine:
         """Time on the device alone; see `Engine.stopwatch`.
 
         The block stands several times in one graph, and the graph is launched twice, of which the second
-        one is timed: when it begins, the host has long done its part.
+        one is timed: when it begins, the host has long done its part. Behind a block that decides stand a
+        small copy and a condition that is not met, as in a program a kernel that routes and a condition do.
         """
         rows = self._rows(inputs)
         bucket = self._bucket(min(rows, MOST_ROWS))
@@ -160,6 +163,8 @@ class _Bucket:
             self._inputs = [self._array(spec, stack) for spec in signature.inputs.values()]
             self._outputs = [self._array(spec, stack) for spec in signature.outputs.values()]
             self._specs = tuple(signature.outputs.values())
+            decision = dict(zip(signature.outputs, self._outputs, strict=True)).get(ACTION)
+            self._decision = None if decision is None else decision.address
             driver.synchronize(self._stream)
             with undisturbed():
                 self._captured: Captured = engine.capture(rows, self._inputs, self._outputs)
@@ -170,9 +175,8 @@ class _Bucket:
             self._often: int | None = None
             self._events: tuple[int, int] | None = None
             self._owned = stack.pop_all()  # nothing runs when it is closed: every call waits for its end
-        weakref.finalize(
-            self, free_unless_forked, self._owned, driver
-        ).atexit = False  # it goes with the process
+        # Not at the end of the process: the device's memory goes with it.
+        weakref.finalize(self, free_unless_forked, self._owned, driver).atexit = False
 
     def run(self, inputs: Sequence[Array], rows: int) -> list[Array]:
         """The first ``rows`` rows of the answer."""
@@ -211,14 +215,26 @@ class _Bucket:
         self._owned.callback(self._driver.destroy_event, event)
         return event
 
+    def _decide(self, graph: int, after: list[int], action: int, spare: int) -> list[int]:
+        """Nodes that cost about what a decision does."""
+        copied = self._driver.add_copy(graph, after, spare, action, _WORD_BYTES)
+        condition = self._driver.create_condition(graph, 0)
+        node, (body,) = self._driver.add_conditional(graph, [copied], "if", condition, 1)
+        self._driver.add_copy(body, [], spare, action, _WORD_BYTES)
+        return [node]
+
     def _executable(self, runs: int, stack: contextlib.ExitStack) -> int:
-        """The captured block, so many times in a row."""
+        """The captured block, so many times in a row; what comes of it is for the stopwatch if several."""
         driver = self._driver
+        spare = driver.malloc(_WORD_BYTES)
+        stack.callback(driver.free, spare)
         graph = driver.create_graph()
         try:
             last: list[int] = []
             for _ in range(runs):
                 last = [driver.add_child(graph, last, self._captured.graph)]
+                if runs > 1 and self._decision is not None:
+                    last = self._decide(graph, last, self._decision, spare)
             executable = driver.instantiate(graph)
         finally:
             driver.destroy_graph(graph)

@@ -18,8 +18,9 @@ from exitcompiler.runtime import backends, cuda_executor
 from exitcompiler.runtime.backends import Engine, Form, require_torch_graph
 from exitcompiler.runtime.cuda_driver import Driver
 from exitcompiler.runtime.device import DeviceEngine
-from exitcompiler.runtime.device_engines import HostArrayEngine
+from exitcompiler.runtime.device_engines import MOST_ROWS, HostArrayEngine
 from exitcompiler.runtime.manifest import OperatingPoint
+from exitcompiler.runtime.planning import powers_of_two
 from exitcompiler.runtime.torch_bodies import Body, run_block
 from exitcompiler.runtime.torch_graphs import load_body
 
@@ -74,6 +75,7 @@ class EmulatedBackend:
     form: Form = "torch"
     on_device = True
     specialises = False
+    buckets = powers_of_two(MOST_ROWS)
 
     def __init__(self, emulator: Emulator, *, precision: str = "fp32", threads: int = 1) -> None:
         self.precision = precision

@@ -75,7 +75,7 @@ def test_figures_of_finished_stages_are_on_disk_when_a_later_one_fails(
     assert "second" not in written
 
 
-@using("cifar10_latency")
+@using("prefixes")
 def test_a_prefix_block_makes_all_that_heads_and_gates_made_on_the_way(module: ModuleType) -> None:
     chain = programs.exit_chain()
     rows = programs.rows(4, chain)

@@ -29,7 +29,11 @@ from exitcompiler.training import HeadRecipe
 
 pytest.importorskip("onnxruntime")
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = (
+    "fp32",
+    "fp16",
+    pytest.param("bf16", marks=pytest.mark.slow),
+)
 
 
 @pytest.fixture(scope="module")
