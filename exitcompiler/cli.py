@@ -296,14 +296,17 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="MODEL.onnx|FOLDER", show_default=False)],
     form: options.FormOption = None,
     edge: options.SplitOption = None,
+    buckets: options.BucketsOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Write the selected program as ONNX, to be run by other tools, or cut in two."""
     from exitcompiler.inspection import describe_parts, export_blocks, export_one_file, export_parts
     from exitcompiler.runtime.artifact_files import read_artifact
+    from exitcompiler.trtexec_export import export_trtexec
 
     if edge is not None and form is not None:
         raise typer.BadParameter("give --format or --split, not both")
+    rows = options.read_buckets(buckets, form)
     loaded = read_artifact(artifact)
     out = Output(as_json=as_json)
     figures: dict[str, Any] = {"output": str(output)}
@@ -312,6 +315,8 @@ def export(
         out.show(*parts_text(figures))
     elif form is options.ExportFormat.BLOCKS:
         export_blocks(loaded, output)
+    elif form is options.ExportFormat.TRTEXEC:
+        export_trtexec(loaded, output, rows)
     else:
         export_one_file(loaded, output)
     out.show(f"Wrote {output}.")

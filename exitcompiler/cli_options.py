@@ -16,6 +16,7 @@ __all__ = [
     "ArtifactArgument",
     "BackendOption",
     "BatchSizeOption",
+    "BucketsOption",
     "CalibOption",
     "CompileThreadsOption",
     "DataOption",
@@ -39,6 +40,7 @@ __all__ = [
     "ThreadsOption",
     "TrainOption",
     "TransformOption",
+    "read_buckets",
     "read_edges",
     "read_logits",
     "read_preprocessing",
@@ -52,6 +54,7 @@ class ExportFormat(StrEnum):
 
     ONNX = "onnx"
     BLOCKS = "blocks"
+    TRTEXEC = "trtexec"
 
 
 ArtifactArgument = Annotated[
@@ -88,7 +91,9 @@ LatencyBudgetOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads per call (default: as compiled for).", show_default=False)
 ]
-BackendOption = Annotated[str, typer.Option(help="auto, onnxruntime, openvino or torch.")]
+BackendOption = Annotated[
+    str, typer.Option(help="auto, onnxruntime, openvino or torch; on a GPU: cuda or tensorrt.")
+]
 CalibOption = Annotated[
     str, typer.Option("--calib", metavar="DATA", help="Held-out rows with labels.", show_default=False)
 ]
@@ -97,7 +102,7 @@ TrainOption = Annotated[
     str | None,
     typer.Option("--train", metavar="DATA", help="Rows to fit the exit heads on.", show_default=False),
 ]
-PrecisionOption = Annotated[str, typer.Option(help="fp32, or opted in: bf16.")]
+PrecisionOption = Annotated[str, typer.Option(help="fp32, or opted in: fp16 (on a GPU), bf16.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="The batch size to optimise for.")]
 CompileThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads (default: the machine's cores).")
@@ -141,7 +146,16 @@ FormOption = Annotated[
     ExportFormat | None,
     typer.Option(
         "--format",
-        help="onnx: the whole program in one file (default); blocks: a folder, one file per block.",
+        help="onnx: the whole program in one file (default); blocks: a folder, one file per block; trtexec: "
+        "the same with a script that builds their TensorRT engines.",
+        show_default=False,
+    ),
+]
+BucketsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="1,2,4",
+        help="With --format trtexec: the numbers of rows to build engines for (default: 1,2,4,8,16,32).",
         show_default=False,
     ),
 ]
@@ -220,6 +234,27 @@ def read_edges(edges: Sequence[str], names: Sequence[str]) -> list[tuple[str | i
         if len(pair) != 2 or not all(pair):
             raise typer.BadParameter(f"--edge {edge!r} is not A:B, two networks by name or position")
     return [(node(a), node(b)) for a, b in pairs] or None
+
+
+def read_buckets(text: str | None, form: ExportFormat | None) -> Sequence[int]:
+    """The numbers of rows that engines are built for.
+
+    Args:
+        text: As given on the command line; None: the default.
+        form: What is exported.
+
+    Raises:
+        BadParameter: It is no list of numbers, or given for a format that has none.
+    """
+    from exitcompiler.trtexec_export import DEFAULT_BUCKETS
+
+    if text is None:
+        return DEFAULT_BUCKETS
+    if form is not ExportFormat.TRTEXEC:
+        raise typer.BadParameter("--buckets goes with --format trtexec")
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise typer.BadParameter(f"--buckets {text!r} is not a list of numbers: 1,2,4")
+    return [int(part) for part in text.split(",")]
 
 
 def require_one_per_network(option: str, given: Sequence[str], networks: int) -> None:

@@ -175,6 +175,18 @@ def test_export_one_file_and_blocks(artifact: Path, tmp_path: Path) -> None:
     }
 
 
+def test_export_for_trtexec(artifact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "engines"
+    arguments = ("export", artifact, "-o", folder, "--format", "trtexec", "--buckets", "1, 8")
+    assert call(*arguments).exit_code == 0
+    engines = json.loads((folder / "engines.json").read_text())["engines"]
+    assert [(engine["block"], engine["buckets"]) for engine in engines] == [
+        (name, [1, 8]) for name in ("b0", "b1", "b2")
+    ]
+    assert (folder / engines[0]["onnx"]).read_bytes() == b"model of b0"
+    assert (folder / "build.sh").stat().st_mode & 0o111
+
+
 def test_errors_are_one_message_with_the_remedy_and_exit_code_1(tmp_path: Path, data: Path) -> None:
     for arguments in (
         ("inspect", tmp_path / "missing.exit"),
@@ -259,6 +271,8 @@ def test_debug_keeps_the_traceback(tmp_path: Path) -> None:
         ("compile", "m:f", "--calib", "d.npz", "-o", "o.exit", "--image-size", "12"),
         ("export", "model.exit", "-o", "x", "--format", "pickle"),
         ("export", "model.exit", "-o", "x", "--format", "onnx", "--split", "b1"),
+        ("export", "model.exit", "-o", "x", "--buckets", "1,2"),
+        ("export", "model.exit", "-o", "x", "--format", "trtexec", "--buckets", "1-8"),
         ("cascade", "--calib", "d.npz", "-o", "o.exit"),
         ("cascade", "a:f", "b:f", "--calib", "d.npz", "-o", "o.exit", "--name", "only"),
         ("cascade", "a:f", "b:f", "--calib", "d.npz", "-o", "o.exit", "--transform", "none"),

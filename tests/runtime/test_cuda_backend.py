@@ -42,13 +42,13 @@ def test_without_a_gpu_there_is_one_clear_error_at_once(backend: str) -> None:
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "is_installed", lambda package: package == "torch")
-    assert unavailable_reason("cuda") == "cuda is not installed (cuda.bindings)"
+    assert unavailable_reason("cuda") == "cuda is not installed (cuda.bindings and safetensors)"
     assert unavailable_reason("tensorrt") == (
         "tensorrt is not installed (tensorrt or tensorrt_rtx and cuda.bindings)"
     )
     with pytest.raises(
         BackendUnavailableError,
-        match=r"cuda\.bindings cannot be imported\n.*pip install 'exitcompiler\[cuda\]'",
+        match=r"cuda\.bindings and safetensors cannot be imported\n.*pip install 'exitcompiler\[cuda\]'",
     ):
         create_backend("cuda")
 
