@@ -22,6 +22,9 @@ REFRESHED := $(VENV)/.refreshed
 EDITABLE := --config-settings editable_mode=strict
 SOURCES := $(sort $(wildcard exitcompiler/*.py exitcompiler/py.typed exitcompiler/templates/* passes/*.py runtime/*.py runtime/*.cu))
 
+# Tests of a file stay together, since what they have in common is made once; one thread each.
+WORKERS ?= -n 2 --dist loadfile
+
 DATA ?=
 WEIGHTS ?=
 BENCH_ARGS ?=
@@ -60,10 +63,10 @@ demo: setup
 	$(BIN)/exitcompiler demo
 
 test: lint types
-	$(BIN)/pytest -q -m "not slow and not gpu"
+	$(BIN)/pytest -q $(WORKERS) -m "not slow and not gpu"
 
 test-all: lint types
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q $(WORKERS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -353,6 +353,7 @@ def test_a_network_with_its_own_input_and_an_exported_one() -> None:
     torch.testing.assert_close(values["middle_own_logits"], expected)
 
 
+@pytest.mark.slow
 def test_exits_inside_the_networks() -> None:
     settings = Settings(0.02, backend="torch", threads=1, max_exits=1, recipe=HeadRecipe(epochs=1))
     options = CascadeOptions(names=("middle", "large"), early_exits=True)

@@ -74,7 +74,7 @@ def test_known_programs(
     executor.close()
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 10_000), sizes=st.lists(st.integers(1, 11), min_size=2, max_size=3))
 def test_any_program_answers_as_each_row_alone(seed: int, sizes: list[int]) -> None:
     program = random_program(seed)
