@@ -25,7 +25,7 @@ from exitcompiler.controlflow import (
 )
 from exitcompiler.program import Block, Program
 from exitcompiler.runtime.cuda_executor import DeviceExecutor
-from exitcompiler.runtime.device import Captured, DeviceArray
+from exitcompiler.runtime.device import Captured, DeviceArray, keep_alive
 from exitcompiler.runtime.rows import gate_parameters
 
 __all__ = ["Arrays", "ChainGraph", "DeviceProgramCall", "HostBranching", "device_executor"]
@@ -220,7 +220,7 @@ def _capture(lab: Lab, block: Block, arrays: Arrays, rows: int) -> Captured:
     captured = engine.capture(rows, *arrays.of(block, rows))
     if captured.destroy is not None:
         lab.owned.callback(captured.destroy)
-    lab.owned.callback(_keep, block, engine, captured)
+    lab.owned.callback(keep_alive, block, engine, captured)
     return captured
 
 
@@ -231,10 +231,6 @@ def _instantiate(lab: Lab, graph: int) -> int:
     driver.upload_exec(executable, lab.stream)
     lab.wait()
     return executable
-
-
-def _keep(*_things: object) -> None:
-    """Does nothing: being registered keeps its arguments alive until everything is freed."""
 
 
 def _shape(spec: ValueSpec, rows: int) -> tuple[int, ...]:

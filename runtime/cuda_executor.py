@@ -84,7 +84,7 @@ class DeviceExecutor:
             DeviceError: The device refuses, or has no memory left.
         """
         parts = [
-            self.program(count).run(self._part(inputs, start, rows), count)
+            self.program(count).run(self._part(inputs, start, count), count)
             for start, count in self._launches(rows)
         ]
         if len(parts) == 1:
@@ -117,9 +117,8 @@ class DeviceExecutor:
                 "a program that is a CUDA graph of its own cannot be captured into another one",
                 remedy="call it outside of torch.cuda.graph, or compile with backend='torch'",
             )
-        programs = {
-            count: self.program(count) for _, count in self._launches(rows)
-        }  # all built before one runs
+        # All are built before one of them runs: building is not in the order of the caller's stream.
+        programs = {count: self.program(count) for _, count in self._launches(rows)}
         specs = [*self._flow.outputs.values(), *self._flow.carried.values(), ValueSpec((rows,), "int32")]
         results = [
             torch.empty(
@@ -130,12 +129,9 @@ class DeviceExecutor:
         stream = torch.cuda.current_stream(inputs[0].device).cuda_stream
         whole = [tensor.contiguous() for tensor in inputs]
         for start, count in self._launches(rows):
-            sources = [
-                tensor[start : start + count] if spec.batch_axis == 0 else tensor
-                for spec, tensor in zip(self._flow.inputs.values(), whole, strict=True)
-            ]
+            sources = [tensor.data_ptr() for tensor in self._part(whole, start, count)]
             targets = [tensor[start : start + count].data_ptr() for tensor in results]
-            programs[count].enqueue([tensor.data_ptr() for tensor in sources], targets, count, stream)
+            programs[count].enqueue(sources, targets, count, stream)
         *outputs, exits = results
         return outputs, exits
 
@@ -160,10 +156,9 @@ class DeviceExecutor:
         for start in range(0, rows, self.max_rows):
             yield start, min(self.max_rows, rows - start)
 
-    def _part(self, inputs: Sequence[Array], start: int, rows: int) -> list[Array]:
-        if rows <= self.max_rows:
-            return list(inputs)
+    def _part(self, inputs: Sequence[Any], start: int, count: int) -> list[Any]:
+        """What a launch takes of arrays or tensors."""
         return [
-            array[start : start + self.max_rows] if spec.batch_axis == 0 else array
-            for spec, array in zip(self._flow.inputs.values(), inputs, strict=True)
+            value[start : start + count] if spec.batch_axis == 0 else value
+            for spec, value in zip(self._flow.inputs.values(), inputs, strict=True)
         ]

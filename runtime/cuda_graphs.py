@@ -30,7 +30,7 @@ from exitcompiler.runtime.cuda_kernels import (
     SHARE_BYTES,
     WAY,
 )
-from exitcompiler.runtime.device import Captured
+from exitcompiler.runtime.device import Captured, size_bytes
 from exitcompiler.runtime.graph_plan import (
     EDGE,
     EXIT_INDEX,
@@ -327,8 +327,7 @@ def _extent(plan: Plan, name: str) -> tuple[int, int]:
     """Bytes from row to row of a buffer (0: it does not belong to rows), and bytes that are copied of it."""
     buffer = plan.buffers[name]
     shape = buffer.shape[1:] if buffer.rows else buffer.shape
-    width = 2 if buffer.dtype == "bfloat16" else np.dtype(buffer.dtype).itemsize
-    size = int(np.prod(shape, dtype=np.int64)) * width
+    size = size_bytes(shape, buffer.dtype)
     if size > MOST_ROW_BYTES:
         raise LoweringError(
             f"{size:,} bytes are copied at once, {MOST_ROW_BYTES:,} are the most", where=f"buffer {name!r}"

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from exitcompiler.controlflow import BlockInterface, EngineSignature
 from exitcompiler.runtime.manifest import OperatingPoint
 
-__all__ = ["Captured", "DeviceArray", "DeviceBlocks", "DeviceEngine", "keep_alive", "undisturbed"]
+__all__ = [
+    "Captured",
+    "DeviceArray",
+    "DeviceBlocks",
+    "DeviceEngine",
+    "keep_alive",
+    "size_bytes",
+    "undisturbed",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +53,17 @@ class Captured:
     graph: int
     keep: object = None
     destroy: Callable[[], None] | None = None
+
+
+def size_bytes(shape: Sequence[int], dtype: str) -> int:
+    """How much memory a value takes.
+
+    Args:
+        shape: Whole numbers.
+        dtype: As in `ValueSpec`; bfloat16, which numpy does not have, among them.
+    """
+    width = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+    return math.prod(shape) * width
 
 
 class DeviceEngine(Protocol):

@@ -16,12 +16,14 @@ import numpy as np
 from exitcompiler.controlflow import ACTION, EngineSignature, ValueSpec
 from exitcompiler.runtime.backends import Array, Backend, numpy_dtype
 from exitcompiler.runtime.cuda_driver import Driver
+from exitcompiler.runtime.cuda_executor import DEFAULT_MAX_ROWS
 from exitcompiler.runtime.device import (
     Captured,
     DeviceArray,
     DeviceBlocks,
     DeviceEngine,
     keep_alive,
+    size_bytes,
     undisturbed,
 )
 from exitcompiler.runtime.device_program import free_unless_forked
@@ -29,8 +31,8 @@ from exitcompiler.runtime.planning import powers_of_two
 
 __all__ = ["MOST_ROWS", "DeviceBackend", "HostArrayEngine", "host_dtype", "launched_rows"]
 
-MOST_ROWS: Final = 32
-"""Rows of one launch, at most, as in `cuda_executor`; larger batches are several launches."""
+MOST_ROWS: Final = DEFAULT_MAX_ROWS
+"""Rows of one launch, at most, as for a program; larger batches are several launches."""
 
 _WORD_BYTES: Final = 4
 
@@ -246,8 +248,8 @@ class _Bucket:
         shape = tuple(
             self._rows if axis == 0 and spec.batch_axis == 0 else int(n) for axis, n in enumerate(spec.shape)
         )
-        size_bytes = int(np.prod(shape, dtype=np.int64)) * host_dtype(spec).itemsize
-        address = self._driver.malloc(size_bytes)
+        needed_bytes = size_bytes(shape, spec.dtype)
+        address = self._driver.malloc(needed_bytes)
         stack.callback(self._driver.free, address)
-        self._driver.fill(address, 0, size_bytes, self._stream)
+        self._driver.fill(address, 0, needed_bytes, self._stream)
         return DeviceArray(address, shape, spec.dtype)

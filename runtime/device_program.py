@@ -16,7 +16,14 @@ from exitcompiler.runtime.backends import Array, numpy_dtype
 from exitcompiler.runtime.cuda_driver import Driver
 from exitcompiler.runtime.cuda_graphs import BuiltGraph, build
 from exitcompiler.runtime.cuda_kernels import compile_kernels
-from exitcompiler.runtime.device import Captured, DeviceArray, DeviceEngine, keep_alive, undisturbed
+from exitcompiler.runtime.device import (
+    Captured,
+    DeviceArray,
+    DeviceEngine,
+    keep_alive,
+    size_bytes,
+    undisturbed,
+)
 from exitcompiler.runtime.graph_plan import COUNT, EXIT_INDEX, Buffer, Plan, RunBlock, steps_of
 from exitcompiler.runtime.plan_checks import verify_plan
 from exitcompiler.runtime.planning import plan_program
@@ -156,20 +163,15 @@ class _Memory:
 
     def __init__(self, plan: Plan, driver: Driver, stack: contextlib.ExitStack) -> None:
         self._plan = plan
-        offsets, size_bytes = {}, 0
+        offsets, total_bytes = {}, 0
         for name, buffer in plan.buffers.items():
-            offsets[name] = size_bytes
-            size_bytes += -(-_size_bytes(buffer) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        self.size_bytes = size_bytes
-        start = driver.malloc(size_bytes)
+            offsets[name] = total_bytes
+            total_bytes += -(-_size_bytes(buffer) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        self.size_bytes = total_bytes
+        start = driver.malloc(total_bytes)
         stack.callback(driver.free, start)
         self.addresses = {name: start + offset for name, offset in offsets.items()}
-        stream = driver.create_stream()
-        try:
-            driver.fill(start, 0, size_bytes, stream)  # rows that are none compute with zeros
-            driver.synchronize(stream)
-        finally:
-            driver.destroy_stream(stream)
+        driver.fill(start, 0, total_bytes, driver.stream)  # rows that are none begin as zeros
 
     def array(self, name: str, rows: int) -> DeviceArray:
         """The first ``rows`` rows of a buffer, or all of one that has none."""
@@ -205,16 +207,13 @@ class _HostSide:
 
 
 def _upload_parameters(flow: ControlFlow, plan: Plan, memory: _Memory, driver: Driver) -> None:
-    stream = driver.create_stream()
-    try:
-        for name, buffer in plan.buffers.items():
-            if buffer.parameter is not None:
-                block, which = buffer.parameter
-                weight, bias = gate_parameters(flow.block(block))
-                driver.upload(memory.addresses[name], weight if which == GATE_WEIGHT else bias, stream)
-        driver.synchronize(stream)
-    finally:
-        driver.destroy_stream(stream)
+    """Fill what no launch writes, and wait until the memory is as it shall be before blocks are captured."""
+    for name, buffer in plan.buffers.items():
+        if buffer.parameter is not None:
+            block, which = buffer.parameter
+            weight, bias = gate_parameters(flow.block(block))
+            driver.upload(memory.addresses[name], weight if which == GATE_WEIGHT else bias, driver.stream)
+    driver.synchronize(driver.stream)
 
 
 def _capture_blocks(
@@ -263,5 +262,4 @@ def _dtype(buffer: Buffer) -> np.dtype[np.generic]:
 
 def _size_bytes(buffer: Buffer, rows: int | None = None) -> int:
     shape = buffer.shape if rows is None or not buffer.rows else (rows, *buffer.shape[1:])
-    width = 2 if buffer.dtype == "bfloat16" else _dtype(buffer).itemsize
-    return int(np.prod(shape, dtype=np.int64)) * width
+    return size_bytes(shape, buffer.dtype)
