@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exitcompiler.budgets.checking import check as check
     from exitcompiler.cascades import cascade as cascade
     from exitcompiler.compiler import compile as compile
     from exitcompiler.errors import ArtifactError as ArtifactError
     from exitcompiler.errors import BackendUnavailableError as BackendUnavailableError
+    from exitcompiler.errors import BudgetError as BudgetError
     from exitcompiler.errors import CalibrationError as CalibrationError
     from exitcompiler.errors import DeviceError as DeviceError
     from exitcompiler.errors import ExitCompilerError as ExitCompilerError
     from exitcompiler.errors import InputError as InputError
     from exitcompiler.errors import LoweringError as LoweringError
+    from exitcompiler.errors import MeasurementError as MeasurementError
     from exitcompiler.errors import PassError as PassError
     from exitcompiler.errors import UnsupportedModelError as UnsupportedModelError
     from exitcompiler.errors import VerifyError as VerifyError
@@ -30,6 +33,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "cascade": "exitcompiler.cascades",
+    "check": "exitcompiler.budgets.checking",
     "compile": "exitcompiler.compiler",
     "load": "exitcompiler.runtime.loading",
     "split": "exitcompiler.splitting",
@@ -38,11 +42,13 @@ _HOME = {
         (
             "ArtifactError",
             "BackendUnavailableError",
+            "BudgetError",
             "CalibrationError",
             "DeviceError",
             "ExitCompilerError",
             "InputError",
             "LoweringError",
+            "MeasurementError",
             "PassError",
             "UnsupportedModelError",
             "VerifyError",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 from rich.console import Console
 from rich.logging import RichHandler
 
+from exitcompiler import cli_loading as loading
 from exitcompiler import cli_options as options
+from exitcompiler.cli_check import CheckCommand, check_command
 from exitcompiler.cli_tables import (
     Output,
     answers_table,
@@ -20,19 +22,19 @@ from exitcompiler.cli_tables import (
     bench_tables,
     parts_text,
     points_table,
+    show_error,
 )
 from exitcompiler.errors import ExitCompilerError
 from exitcompiler.runtime.explain import format_share
-
-if TYPE_CHECKING:
-    from exitcompiler.image_folder import ImagePreprocessing
-    from exitcompiler.runtime.compiled import CompiledModel
 
 __all__ = ["app"]
 
 
 class _CleanErrors(typer.core.TyperGroup):
-    """Shows the errors of this package as one message on stderr; exit code 1 (2 for wrong usage)."""
+    """Shows the errors of this package as one message on stderr; exit code 1 (2 for wrong usage).
+
+    ``check`` has codes of its own.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was named."""
@@ -41,7 +43,7 @@ class _CleanErrors(typer.core.TyperGroup):
         except ExitCompilerError as error:
             if ctx.params.get("debug"):
                 raise
-            Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+            show_error(error)
             raise typer.Exit(1) from None
 
 
@@ -92,11 +94,11 @@ def compile_command(
 
     options.require_one_target(max_drop, latency_budget_ms)
     preprocessing = options.read_preprocessing(mean, std, image_size)
-    _require_place(output)
-    _share_threads(backend, threads)
+    loading.require_place(output)
+    loading.share_threads(backend, threads)
     network, example = load_model(model)
     shape = input_shape_of_model(network, example)
-    calib_data, train_data = _load_both(calib, train, shape, preprocessing)
+    calib_data, train_data = loading.load_both(calib, train, shape, preprocessing)
     compiled = exitcompiler.compile(
         network,
         calib_data,
@@ -111,7 +113,7 @@ def compile_command(
         logits=options.read_logits(logits),
         dump=dump,
     )
-    _save(compiled, output, Output(as_json=as_json))
+    loading.save_program(compiled, output, Output(as_json=as_json))
 
 
 @app.command("cascade")
@@ -149,12 +151,12 @@ def cascade_command(
         options.require_one_per_network(option, given, len(models))
     edges = options.read_edges(edge or [], name or [])
     preprocessing = options.read_preprocessing(mean, std, image_size)
-    _require_place(output)
-    _share_threads(backend, threads)
+    loading.require_place(output)
+    loading.share_threads(backend, threads)
     networks = [load_model(model) for model in models]
     transforms = [load_transform(text) for text in transform] if transform else None
     shape = input_shape_of_networks(networks, transforms)
-    calib_data, train_data = _load_both(calib, train, shape, preprocessing)
+    calib_data, train_data = loading.load_both(calib, train, shape, preprocessing)
     compiled = exitcompiler.cascade(
         [network for network, _ in networks],
         calib_data,
@@ -173,7 +175,7 @@ def cascade_command(
         logits=options.read_logits(logits),
         dump=dump,
     )
-    _save(compiled, output, Output(as_json=as_json))
+    loading.save_program(compiled, output, Output(as_json=as_json))
 
 
 @app.command()
@@ -216,8 +218,8 @@ def run(
 
     if output is not None:
         require_writable(output)
-    compiled = _load(artifact, backend, threads, max_drop, latency_budget_ms)
-    rows = _load_rows(compiled, data, options.read_preprocessing(mean, std, image_size))
+    compiled = loading.load_program(artifact, backend, threads, max_drop, latency_budget_ms)
+    rows = loading.load_rows(compiled.artifact, data, options.read_preprocessing(mean, std, image_size))
     out = Output(as_json=as_json)
     answers = answer_rows(compiled, rows, batch_size, max_rows)
     listed = answers_to_list(answers)
@@ -259,8 +261,8 @@ def bench(
     """Time a program against the whole network on real rows, paired and interleaved."""
     from exitcompiler.benchmarking import benchmark
 
-    compiled = _load(artifact, backend, threads, max_drop, latency_budget_ms)
-    rows = _load_rows(compiled, data, options.read_preprocessing(mean, std, image_size))
+    compiled = loading.load_program(artifact, backend, threads, max_drop, latency_budget_ms)
+    rows = loading.load_rows(compiled.artifact, data, options.read_preprocessing(mean, std, image_size))
     out = Output(as_json=as_json)
     figures = benchmark(compiled, rows, batch_size=batch_size, max_rows=max_rows, passes=passes, seed=seed)
     speedup = figures["speedup"]
@@ -271,6 +273,9 @@ def bench(
         f"same answer on {format_share(figures['agreement'])} of the rows"
     )
     out.result(figures)
+
+
+app.command("check", cls=CheckCommand)(check_command)
 
 
 @app.command()
@@ -334,66 +339,3 @@ def demo(
 
     out = Output(as_json=as_json)
     out.result(run_demo(output, out.console, seed=seed))
-
-
-def _require_place(output: Path) -> None:
-    """Refuse a place where no artifact can be saved, before the work for it."""
-    from exitcompiler.artifact import require_replaceable
-    from exitcompiler.files import require_writable
-
-    require_writable(output)
-    require_replaceable(output)
-
-
-def _load_both(calib: str, train: str | None, shape: Any, preprocessing: ImagePreprocessing) -> Any:
-    """The calibration rows, and the training rows or None."""
-    from exitcompiler.data_sources import load_data
-
-    loaded = [load_data(calib, input_shape=shape, preprocessing=preprocessing), None]
-    if train is not None:
-        loaded[1] = load_data(train, input_shape=shape, preprocessing=preprocessing)
-    return loaded
-
-
-def _save(compiled: CompiledModel, output: Path, out: Output) -> None:
-    compiled.save(output)
-    out.show(compiled.explain(), f"\nSaved to {output}.")
-    out.result({"artifact": str(output), "report": compiled.artifact.report})
-
-
-def _load(
-    artifact: Path,
-    backend: str,
-    threads: int | None,
-    max_drop: float | None,
-    latency_budget_ms: float | None,
-) -> CompiledModel:
-    from exitcompiler.runtime.artifact_files import read_artifact
-    from exitcompiler.runtime.loading import open_artifact
-
-    options.require_one_target(max_drop, latency_budget_ms)
-    read = read_artifact(artifact)
-    _share_threads(backend, read.manifest.threads if threads is None else threads)
-    compiled = open_artifact(read, backend, threads=threads)
-    if max_drop is None and latency_budget_ms is None:
-        return compiled
-    return compiled.select(max_accuracy_drop=max_drop, latency_budget_ms=latency_budget_ms)
-
-
-def _share_threads(backend: str, threads: int | None) -> None:
-    """Give all ONNX Runtime sessions one pool: this process is ours (docs/backends.md)."""
-    from exitcompiler.runtime.backends import available_backends, default_threads
-
-    count = default_threads() if threads is None else threads
-    if count > 1 and backend in ("auto", "onnxruntime") and "onnxruntime" in available_backends():
-        from exitcompiler.runtime.onnxruntime_backend import share_thread_pool
-
-        share_thread_pool(count)
-
-
-def _load_rows(compiled: CompiledModel, data: str, preprocessing: ImagePreprocessing) -> Any:
-    from exitcompiler.data_sources import load_data
-
-    specs = list(compiled.artifact.manifest.inputs.values())
-    shape = specs[0].shape if len(specs) == 1 else None
-    return load_data(data, input_shape=shape, preprocessing=preprocessing)

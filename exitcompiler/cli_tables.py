@@ -24,6 +24,7 @@ __all__ = [
     "bench_tables",
     "parts_text",
     "points_table",
+    "show_error",
 ]
 
 
@@ -48,6 +49,11 @@ class Output:
         if self.as_json:
             json.dump(figures, sys.stdout, indent=2, allow_nan=False)
             sys.stdout.write("\n")
+
+
+def show_error(error: Exception) -> None:
+    """Print an error as one message on stderr."""
+    Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
 
 
 def points_table(points: Sequence[Mapping[str, Any]]) -> Table:

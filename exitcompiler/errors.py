@@ -5,11 +5,13 @@ from __future__ import annotations
 __all__ = [
     "ArtifactError",
     "BackendUnavailableError",
+    "BudgetError",
     "CalibrationError",
     "DeviceError",
     "ExitCompilerError",
     "InputError",
     "LoweringError",
+    "MeasurementError",
     "PassError",
     "UnsupportedModelError",
     "VerifyError",
@@ -67,3 +69,11 @@ class BackendUnavailableError(ExitCompilerError):
 
 class DeviceError(ExitCompilerError):
     """A device refused or failed: its memory is full, or a kernel went wrong."""
+
+
+class BudgetError(ExitCompilerError):
+    """A budget or a baseline cannot be read, contradicts itself, or does not fit the program or the data."""
+
+
+class MeasurementError(ExitCompilerError):
+    """A process that measures a program crashed, was killed, hung, or answered nothing."""

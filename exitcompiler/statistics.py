@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from exitcompiler.errors import CalibrationError, InputError
-from exitcompiler.scores import BoolArray
+
+if TYPE_CHECKING:
+    from exitcompiler.scores import BoolArray
 
 __all__ = [
     "Interval",

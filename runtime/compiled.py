@@ -300,7 +300,7 @@ class CompiledModel:
         self._require_finite(arrays)
         with self._lock:
             if self._batch is None:
-                self._batch = BatchExecutor(self._flow, self._engine)
+                self._batch = BatchExecutor(self._flow, self.engine)
             outputs, exits = self._batch.run(arrays, rows)
         return outputs, exits, given
 
@@ -330,9 +330,10 @@ class CompiledModel:
     def _make_single(self) -> SingleRowExecutor | OneFileExecutor:
         if self.execution == "single":
             return OneFileExecutor(self._engines.one_file(self._flow))
-        return SingleRowExecutor(self._flow, self._engine)
+        return SingleRowExecutor(self._flow, self.engine)
 
-    def _engine(self, block: BlockInterface, static_batch: int | None) -> Engine:
+    def engine(self, block: BlockInterface, static_batch: int | None) -> Engine:
+        """The engine of one of its blocks, on the host's arrays, for one batch size or for any (None)."""
         return self._engines.block(self._point, block, static_batch)
 
     def _wrap(self, logits: Any, given: Given) -> Any:

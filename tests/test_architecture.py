@@ -13,10 +13,19 @@ import networkx as nx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"exitcompiler": "exitcompiler", "passes": "exitcompiler.passes", "runtime": "exitcompiler.runtime"}
+FOLDERS = {
+    "exitcompiler": "exitcompiler",
+    "exitcompiler/budgets": "exitcompiler.budgets",
+    "passes": "exitcompiler.passes",
+    "runtime": "exitcompiler.runtime",
+}
+LAYERS = {package.rpartition(".")[2] for package in FOLDERS.values()}
 
 # Modules that put the parts together: nothing below may import them at import time.
-COMPOSING = {"__main__", "cli", "cli_options", "cli_tables", "demo", "compiler", "cascades"}
+COMPOSING = {
+    "__main__", "check_tables", "cli", "cli_check", "cli_loading", "cli_options", "cli_tables", "demo",
+    "compiler", "cascades",
+}  # fmt: skip
 
 # Imports inside functions that cross a boundary on purpose, importer -> imported.
 LAZY = {
@@ -36,8 +45,15 @@ ONLY_IN = {
     "markupsafe": {"exitcompiler.report"},
     "matplotlib": {"exitcompiler.cascade_charts", "exitcompiler.charts"},
     "PIL": {"exitcompiler.image_folder"},
-    "typer": {"exitcompiler.cli", "exitcompiler.cli_options"},
-    "rich": {"exitcompiler.cli", "exitcompiler.cli_tables", "exitcompiler.demo", "exitcompiler.progress"},
+    "pytest": {"exitcompiler.pytest_plugin"},
+    "typer": {"exitcompiler.cli", "exitcompiler.cli_check", "exitcompiler.cli_options"},
+    "rich": {
+        "exitcompiler.check_tables",
+        "exitcompiler.cli",
+        "exitcompiler.cli_tables",
+        "exitcompiler.demo",
+        "exitcompiler.progress",
+    },
     "onnx": {
         "exitcompiler.onnx_branches",
         "exitcompiler.onnx_utils",
@@ -116,7 +132,7 @@ EXTERNAL = [i for i in IMPORTS if i.imported.partition(".")[0] != "exitcompiler"
 
 
 def _layer(name: str) -> str:
-    return name.split(".")[1] if name.count(".") == 2 and name.split(".")[1] in FOLDERS else "exitcompiler"
+    return name.split(".")[1] if name.count(".") == 2 and name.split(".")[1] in LAYERS else "exitcompiler"
 
 
 def _short(name: str) -> str:
@@ -198,6 +214,19 @@ def test_passes_import_neither_runtime_nor_one_another() -> None:
         )
     ]
     assert bad == []
+
+
+def test_budgets_know_nothing_of_the_compiler_and_only_its_users_know_them() -> None:
+    allowed = {
+        "benchmarking", "budgets", "controlflow", "data_sources", "errors", "files", "image_folder", "machine",
+        "progress", "statistics",
+    }  # fmt: skip
+    users = {"exitcompiler.check_tables", "exitcompiler.cli_check", "exitcompiler.pytest_plugin"}
+    for found in RUNNING:
+        if _layer(found.importer) == "budgets" and found.imported != "exitcompiler":
+            assert _layer(found.imported) in {"budgets", "runtime"} or _short(found.imported) in allowed, found
+        elif _layer(found.imported) == "budgets":
+            assert found.importer in users or _layer(found.importer) == "budgets", found
 
 
 def test_what_puts_parts_together_is_imported_by_no_part() -> None:
@@ -304,6 +333,7 @@ def test_loading_and_the_command_line_never_import_torch() -> None:
         "import sys; sys.modules['torch'] = None\n"
         "import exitcompiler; exitcompiler.load; exitcompiler.CompiledModel\n"
         "import exitcompiler.runtime.explain, exitcompiler.runtime.backends, exitcompiler.cli\n"
+        "exitcompiler.check; import exitcompiler.budgets.worker\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
 

@@ -94,7 +94,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, artifact: Path) -> FakeCompiled:
 def test_help_lists_every_command() -> None:
     result = call("--help")
     assert result.exit_code == 0
-    for command in ("compile", "cascade", "inspect", "run", "bench", "report", "export", "demo"):
+    for command in ("compile", "cascade", "inspect", "run", "bench", "check", "report", "export", "demo"):
         assert command in result.stdout
 
 

@@ -230,24 +230,24 @@ def test_operating_points_share_engines(artifact: Artifact) -> None:
     model(random_rows(1))
     other(random_rows(4))
     block = model.operating_point.control_flow.entry
-    assert model._engine(block, 1) is other._engine(block, None)
+    assert model.engine(block, 1) is other.engine(block, None)
 
 
 def test_another_artifact_of_the_same_files_keeps_the_engines(artifact: Artifact) -> None:
     model = open_artifact(artifact, "onnxruntime")
     block = model.operating_point.control_flow.entry
-    engine = model._engine(block, None)
+    engine = model.engine(block, None)
     manifest = replace(artifact.manifest, selected=2)
     changed = replace(artifact, manifest=manifest, files=dict(artifact.files), report={"refused": "so"})
     other = model.with_artifact(changed, notes=["note"])
     assert (other.operating_point.name, other.notes) == ("point2", ("note",))
     assert other.artifact is changed
     again = other.with_artifact(artifact)
-    assert again._engine(block, None) is engine
+    assert again.engine(block, None) is engine
     assert again.notes == ("note",)
     np.testing.assert_array_equal(again(random_rows(3)), model(random_rows(3)))
     more = replace(artifact, files={**artifact.files, "torch/x.json": b"{}"})
-    assert model.with_artifact(more)._engine(block, None) is not engine
+    assert model.with_artifact(more).engine(block, None) is not engine
 
 
 def test_the_certificate_is_saved_with_its_own_point_only(artifact: Artifact, tmp_path: Path) -> None:
