@@ -189,7 +189,7 @@ def run_demo(folder: Path, console: Console, *, seed: int = 0) -> dict[str, Any]
     """Train, compile, measure, save, load again and ask.
 
     Args:
-        folder: Gets ``digits.exit`` and ``report.html``.
+        folder: Gets ``digits.exit``, ``report.html``, and the held-out rows as ``held_out.npz``.
         console: Where to show it.
         seed: Of everything random.
 
@@ -236,11 +236,13 @@ def run_demo(folder: Path, console: Console, *, seed: int = 0) -> dict[str, Any]
         f"(95% interval {speedup['lower']:.2f} to {speedup['upper']:.2f})"
     )
 
-    artifact, report = folder / "digits.exit", folder / "report.html"
+    artifact, report, rows = folder / "digits.exit", folder / "report.html", folder / "held_out.npz"
     compiled.save(artifact)
     compiled.report(report)
+    np.savez(rows, x=split.held_out.images, y=split.held_out.labels)
     console.print(f"\n[bold]4. Save it, load it, ask it[/]  {artifact}, {report}")
     _ask(exitcompiler.load(artifact), split.held_out, console)
+    console.print(f"\nMore: exitcompiler bench {artifact} --data {rows}   (docs/cli.md)", highlight=False)
     return {"training_s": training_s, "compile_s": compile_s, **figures}
 
 

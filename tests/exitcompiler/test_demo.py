@@ -76,4 +76,5 @@ def test_the_whole_demonstration(tmp_path: Path) -> None:
     assert figures["plain"]["accuracy"] - figures["program"]["accuracy"] < 0.03
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
     assert exitcompiler.load(tmp_path / "demo" / "digits.exit").exits[-1]
+    assert len(np.load(tmp_path / "demo" / "held_out.npz")["y"]) == 397
     assert "left at" in shown.getvalue()
