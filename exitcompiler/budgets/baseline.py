@@ -15,7 +15,13 @@ from exitcompiler.files import write_file
 from exitcompiler.runtime.json_reader import Node, parse_json
 from exitcompiler.runtime.manifest import Json
 
-__all__ = ["SCHEMA_VERSION", "measurement_to_json", "read_baseline", "write_baseline"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "looks_like_baseline",
+    "measurement_to_json",
+    "read_baseline",
+    "write_baseline",
+]
 
 SCHEMA_VERSION: Final = 1
 
@@ -61,6 +67,16 @@ def read_baseline(path: str | os.PathLike[str]) -> Measurement:
     except ArtifactError as error:
         where = (error.where or str(file)).rstrip(": ")
         raise BudgetError(error.what, where=where, remedy=_REMEDY) from error
+
+
+def looks_like_baseline(path: str | os.PathLike[str]) -> bool:
+    """Whether a file that cannot be read as a baseline was one: of another version, or damaged by a merge."""
+    file = Path(path)
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        content = opened.read(_LIMIT_BYTES)
+    return not content.strip() or all(key in content for key in (b'"processes"', b'"answered"'))
 
 
 def measurement_to_json(measurement: Measurement) -> dict[str, Json]:

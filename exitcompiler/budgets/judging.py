@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exitcompiler.budgets.environment import differences
 from exitcompiler.budgets.figures import Answered, Measurement
-from exitcompiler.budgets.intervals import contrast_interval, rate_difference_interval, rate_interval
+from exitcompiler.budgets.intervals import (
+    contrast_interval,
+    exp_interval,
+    paired_rate_difference_interval,
+    rate_interval,
+)
 from exitcompiler.budgets.limits import Budget, Family, Limit
 from exitcompiler.budgets.outcomes import Outcome, Verdict
-from exitcompiler.statistics import Interval, mean_difference_interval
+from exitcompiler.statistics import Interval
 
 __all__ = ["Series", "judge", "series_of"]
 
@@ -56,6 +60,31 @@ class _Found:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A limit, and all there is to judge it by."""
+
+    limit: Limit
+    budget: Budget
+    measurement: Measurement
+    baseline: Measurement | None
+    confidence: float
+    seed: int
+
+    @property
+    def before(self) -> Measurement:
+        """The baseline of a limit that is about a change."""
+        assert self.baseline is not None
+        return self.baseline
+
+    def factor(self, plus: list[_Array], minus: list[_Array]) -> Interval:
+        """The exponential of a contrast of logarithms; an empty group says nothing."""
+        if any(not len(group) for group in (*plus, *minus)):
+            return Interval(math.nan, -math.inf, math.inf)
+        found = contrast_interval(plus, minus, confidence=self.confidence, seed=self.seed)
+        return exp_interval(found)
+
+
 def judge(
     budget: Budget, measurement: Measurement, baseline: Measurement | None, confidence: float, seed: int = 0
 ) -> tuple[Outcome, ...]:
@@ -64,8 +93,10 @@ def judge(
     Args:
         budget: The limits.
         measurement: What was measured.
-        baseline: What it was before; None: there is none, and limits on changes are skipped.
-        confidence: Of each interval, two-sided, in (0, 1).
+        baseline: What it was before, on the same rows; None: there is none, and limits on changes are
+            skipped.
+        confidence: Of each interval over processes, two-sided, in (0, 1). Intervals over rows, which are
+            looked at once, have the budget's own.
         seed: Of the bootstrap.
 
     Returns:
@@ -73,12 +104,11 @@ def judge(
     """
     outcomes = []
     for limit in budget.limits:
-        family = limit.metric.family
         if limit.needs_baseline and baseline is None:
-            found = _Found(None, note="there is no baseline yet")
+            found = _Found(None, note="there is nothing to compare with yet")
         else:
-            judged = _JUDGED.get(family, _time_or_size)
-            found = judged(limit, budget, measurement, baseline, _Contrast(confidence, seed))
+            level = confidence if limit.metric.is_timed else budget.run.confidence
+            found = _JUDGED[limit.metric.family](_Case(limit, budget, measurement, baseline, level, seed))
         outcomes.append(
             Outcome(limit, _verdict(limit, found.found), found.found, found.now, found.before, found.note)
         )
@@ -93,25 +123,6 @@ def _verdict(limit: Limit, found: Interval | None) -> Verdict:
     if not limit.is_upper:
         inside, outside = found.lower >= limit.value - room, found.upper < limit.value - room
     return "PASS" if inside else "FAIL" if outside else "INCONCLUSIVE"
-
-
-@dataclass(frozen=True, slots=True)
-class _Contrast:
-    """How intervals are made here."""
-
-    confidence: float
-    seed: int
-
-    def __call__(self, plus: list[_Array], minus: list[_Array]) -> Interval:
-        """Of a ratio: the exponential of a contrast of logarithms; an empty group says nothing."""
-        if any(not len(group) for group in (*plus, *minus)):
-            return Interval(math.nan, -math.inf, math.inf)
-        interval = contrast_interval(plus, minus, confidence=self.confidence, seed=self.seed)
-        return Interval(*(_exp(end) for end in (interval.value, interval.lower, interval.upper)))
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700.0 else math.inf
 
 
 def series_of(measurement: Measurement, family: Family, name: str) -> Series | None:
@@ -145,37 +156,27 @@ def _logs(values: list[float]) -> _Array:
     return np.log(np.asarray(values, np.float64))
 
 
-def _time_or_size(
-    limit: Limit, budget: Budget, measurement: Measurement, baseline: Measurement | None, contrast: _Contrast
-) -> _Found:
-    """Latency, throughput, load time, memory."""
-    del budget
-    metric = limit.metric
-    series = series_of(measurement, metric.family, metric.name)
-    if series is None or not len(measurement.processes):
+def _time_or_memory(case: _Case) -> _Found:
+    """Latency, throughput, load time, memory: an interval over processes."""
+    limit, metric = case.limit, case.limit.metric
+    series = series_of(case.measurement, metric.family, metric.name)
+    if series is None or not case.measurement.processes:
         return _Found(None, note="it was not measured")
-    if limit.kind in ("max", "min"):
-        found = contrast([series.program], [])
+    plus, minus = series.ratio if limit.kind not in ("max", "min") else ([series.program], [])
+    if not limit.needs_baseline:
+        found = case.factor(plus, minus)
         return _Found(found, now=_finite(found.value))
-    plus, minus = series.ratio
-    old_minus: list[_Array]
-    if limit.kind in ("max_ratio", "min_ratio"):
-        found = contrast(plus, minus)
-        return _Found(found, now=_finite(found.value))
-    assert baseline is not None
-    old = series_of(baseline, metric.family, metric.name)
-    if old is None or not len(baseline.processes):
-        return _Found(None, note="the baseline lacks it: write a new one (--update-baseline)")
+    old = series_of(case.before, metric.family, metric.name)
+    if old is None or not case.before.processes:
+        return _Found(None, note="the baseline lacks it")
+    old_plus, old_minus = old.ratio
     if limit.kind == "max_slowdown":
-        reasons = differences(measurement.environment, baseline.environment)
-        if reasons:
+        if reasons := differences(case.measurement.environment, case.before.environment):
             return _Found(None, note=f"times are not compared: {'; '.join(reasons)}")
         plus, old_plus = [series.program], [old.program]
-        minus, old_minus = [], []
-    else:
-        old_plus, old_minus = old.ratio
-    factor = contrast(plus + old_minus, minus + old_plus)
-    now, before = contrast(plus, minus).value, contrast(old_plus, old_minus).value
+        minus = old_minus = list[_Array]()
+    factor = case.factor(plus + old_minus, minus + old_plus)
+    now, before = case.factor(plus, minus).value, case.factor(old_plus, old_minus).value
     return _Found(_change(limit, factor), now=_finite(now), before=_finite(before))
 
 
@@ -190,98 +191,74 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _artifact(
-    limit: Limit, budget: Budget, measurement: Measurement, baseline: Measurement | None, contrast: _Contrast
-) -> _Found:
-    del budget, contrast
-    size = float(measurement.size_bytes)
-    if limit.kind == "max":
+def _artifact(case: _Case) -> _Found:
+    size = float(case.measurement.size_bytes)
+    if not case.limit.needs_baseline:
         return _Found(_exactly(size), now=size)
-    assert baseline is not None
-    return _Found(_exactly(size / baseline.size_bytes - 1.0), size, float(baseline.size_bytes))
+    before = float(case.before.size_bytes)
+    return _Found(_exactly(size / before - 1.0), size, before)
 
 
-def _accuracy(
-    limit: Limit, budget: Budget, measurement: Measurement, baseline: Measurement | None, contrast: _Contrast
-) -> _Found:
+def _accuracy(case: _Case) -> _Found:
     """The drop, or the disagreement: exact on these rows, an interval for fresh ones."""
-    answered = measurement.answered
-    shown = partial(_drop if limit.metric.name == "drop" else _disagreement, contrast=contrast)
-    if limit.needs_baseline:
-        assert baseline is not None
-        now, before = shown(answered), shown(baseline.answered)
-        if now is None or before is None:
-            return _Found(None, note="there are no labels" if now is None else "the baseline has no labels")
-        if answered.fingerprint != baseline.answered.fingerprint:
-            return _Found(None, note="the baseline was measured on other rows: write a new one")
-        return _Found(_exactly(now.value - before.value), now.value, before.value)
-    now = shown(answered)
+    shown = _drop if case.limit.metric.name == "drop" else _disagreement
+    now = shown(case.measurement.answered, case.confidence)
     if now is None:
         return _Found(None, note="there are no labels")
-    note = f"for fresh rows it is {_points(now.lower)} to {_points(now.upper)} points"
-    return _Found(now, now.value) if budget.fresh_rows else _Found(_exactly(now.value), now.value, note=note)
+    if case.limit.needs_baseline:
+        before = shown(case.before.answered, case.confidence)
+        if before is None:
+            return _Found(None, note="the baseline has no labels")
+        return _Found(_exactly(now.value - before.value), now.value, before.value)
+    if case.budget.fresh_rows:
+        return _Found(now, now.value)
+    note = f"for fresh rows it is {100 * now.lower:.2f} to {100 * now.upper:.2f} points"
+    return _Found(_exactly(now.value), now.value, note=note)
 
 
-def _drop(answered: Answered, contrast: _Contrast) -> Interval | None:
-    if answered.lost is None or answered.gained is None:
+def _drop(answered: Answered, confidence: float) -> Interval | None:
+    if answered.right is None or answered.lost is None or answered.gained is None:
         return None
-    rows = np.zeros(answered.rows)
-    rows[: answered.lost] = 1.0
-    rows[answered.rows - answered.gained :] = -1.0
-    zeros = np.zeros(answered.rows)
-    return mean_difference_interval(rows, zeros, confidence=contrast.confidence, seed=contrast.seed)
+    both = answered.right - answered.gained
+    return paired_rate_difference_interval(both, answered.lost, answered.gained, answered.rows, confidence)
 
 
-def _disagreement(answered: Answered, contrast: _Contrast) -> Interval:
-    return rate_interval(answered.disagreements, answered.rows, contrast.confidence)
+def _disagreement(answered: Answered, confidence: float) -> Interval:
+    return rate_interval(answered.disagreements, answered.rows, confidence)
 
 
-def _points(share: float) -> str:
-    return f"{100.0 * share:.2f}"
-
-
-def _exit_rates(
-    limit: Limit, budget: Budget, measurement: Measurement, baseline: Measurement | None, contrast: _Contrast
-) -> _Found:
-    answered, name = measurement.answered, limit.metric.name
+def _exit_rates(case: _Case) -> _Found:
+    """Exact: a baseline is one of the same rows."""
+    answered, limit, name = case.measurement.answered, case.limit, case.limit.metric.name
     if limit.kind != "tolerance":
         rate = answered.exits[name] / answered.rows
         return _Found(_exactly(rate), now=rate)
-    assert baseline is not None
-    old = baseline.answered
-    own = {other.metric.name for other in budget.limits if other.kind == "tolerance" and other.metric.name}
+    old = case.before.answered
+    own = {
+        other.metric.name for other in case.budget.limits if other.kind == "tolerance" and other.metric.name
+    }
     names = [name] if name else [exit for exit in {**answered.exits, **old.exits} if exit not in own]
     if not names:
         return _Found(None, note="every exit has a tolerance of its own")
-    judged = {exit_name: _rate_change(answered, old, exit_name, contrast) for exit_name in names}
-    worst = max(names, key=lambda exit_name: judged[exit_name].value)
-    if any(found.lower > limit.value for found in judged.values()):
-        worst = max(names, key=lambda exit_name: judged[exit_name].lower)
-    elif any(found.upper > limit.value for found in judged.values()):
-        worst = max(names, key=lambda exit_name: judged[exit_name].upper)
+    moved = {
+        exit: abs(answered.exits.get(exit, 0) / answered.rows - old.exits.get(exit, 0) / old.rows)
+        for exit in names
+    }
+    worst = max(names, key=moved.__getitem__)
     now, before = (part.exits.get(worst, 0) / part.rows for part in (answered, old))
-    note = f"furthest: {worst}" if not name and judged[worst].upper else ""
-    return _Found(judged[worst], now, before, note)
-
-
-def _rate_change(now: Answered, before: Answered, name: str, contrast: _Contrast) -> Interval:
-    """How far an exit rate has moved, to either side; exact on the same rows."""
-    counts = now.exits.get(name, 0), before.exits.get(name, 0)
-    if now.fingerprint == before.fingerprint:
-        return _exactly(abs(counts[0] - counts[1]) / now.rows)
-    moved = rate_difference_interval(
-        rate_interval(counts[0], now.rows, contrast.confidence),
-        rate_interval(counts[1], before.rows, contrast.confidence),
-    )
-    ends = abs(moved.lower), abs(moved.upper)
-    return Interval(abs(moved.value), 0.0 if moved.lower < 0.0 < moved.upper else min(ends), max(ends))
+    note = f"furthest: {worst}" if not name and moved[worst] else ""
+    return _Found(_exactly(moved[worst]), now, before, note)
 
 
 def _exactly(value: float) -> Interval:
     return Interval(value, value, value)
 
 
-_JUDGED: Final[Mapping[str, Callable[..., Any]]] = {
+_JUDGED: Final[Mapping[Family, Callable[[_Case], _Found]]] = {
+    "latency": _time_or_memory,
+    "throughput": _time_or_memory,
+    "load": _time_or_memory,
+    "memory": _time_or_memory,
     "artifact": _artifact,
     "accuracy": _accuracy,
     "exit_rates": _exit_rates,

@@ -51,6 +51,11 @@ class Metric:
     def __str__(self) -> str:
         return f"{self.family}.{self.name}" if self.name else self.family
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether it is measured in processes, and so surer the longer that takes."""
+        return self.family in ("latency", "throughput", "memory", "load")
+
 
 @dataclass(frozen=True, slots=True)
 class Limit:

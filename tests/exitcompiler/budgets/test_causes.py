@@ -48,6 +48,21 @@ def test_both_are_named_where_both_changed() -> None:
     assert found.named == ("kernels", "exit mix")
 
 
+def test_warmer_caches_of_rows_that_go_further_are_not_named_beside_the_mix() -> None:
+    now = measurement(exits=LATER, slower=0.94, noise=0.005, seed=1)
+    found = find_causes(now, measurement(noise=0.005, seed=2), 0.95)
+    assert found is not None
+    assert found.kernels.upper < 1.0
+    assert found.named == ("exit mix",)
+
+
+def test_a_few_percent_are_never_named() -> None:
+    found = find_causes(measurement(slower=1.04, noise=0.002, seed=1), measurement(noise=0.002, seed=2), 0.95)
+    assert found is not None
+    assert found.kernels.lower > 1.0
+    assert found.named == ()
+
+
 def test_what_got_better_is_said_so() -> None:
     found = find_causes(
         measurement(noise=0.01, seed=1), measurement(exits=LATER, slower=1.3, noise=0.01), 0.95

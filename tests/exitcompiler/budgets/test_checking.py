@@ -136,7 +136,7 @@ def test_a_baseline_is_written_and_then_compared_with(
     assert first.baseline is None
     assert [outcome.verdict for outcome in first.outcomes] == ["SKIPPED"]
     assert first.baseline_written == str(path)
-    assert len(read_baseline(path).processes) == 20
+    assert len(read_baseline(path).processes) == 60  # until the time is up
     measured(slower=1.2)
     assert check("p.exit", budget(path), ROWS).verdict == "FAIL"
     measured(slower=1.2)
@@ -197,3 +197,115 @@ def test_limits_that_do_not_fit_are_refused(
 
 def test_it_is_public() -> None:
     assert exitcompiler.check is check
+
+
+def test_what_was_clear_stays_so_while_another_limit_is_measured_longer(
+    measured: Callable[..., FakeProcesses], baseline: Path
+) -> None:
+    measured(slower=1.1, noise=0.05)
+    near = budget(baseline).limits[0]
+    clear = Limit(Metric("latency", "mean"), "max_ratio", 0.7, "0.7")
+    both = replace(budget(baseline), limits=(near, clear))
+    report = check("p.exit", both, ROWS, max_seconds=30.0)
+    assert [outcome.verdict for outcome in report.outcomes] == ["INCONCLUSIVE", "PASS"]
+    measured(slower=1.1, noise=0.05)
+    first = check("p.exit", replace(both, limits=(clear,)), ROWS, max_seconds=30.0)
+    assert first.looks == 1
+    assert report.looks > 1
+    assert report.outcomes[1] == first.outcomes[0]
+
+
+def test_limits_that_only_rows_decide_do_not_keep_it_measuring(
+    measured: Callable[..., FakeProcesses], baseline: Path
+) -> None:
+    fake = measured()
+    drop = Limit(Metric("accuracy", "drop"), "max", 0.02, "2 points")
+    both = replace(budget(baseline), limits=(drop, *budget(baseline).limits), fresh_rows=True)
+    report = check("p.exit", both, ROWS)
+    assert [outcome.verdict for outcome in report.outcomes] == ["INCONCLUSIVE", "PASS"]
+    assert fake.count == 6
+
+
+def test_a_single_slow_process_does_not_end_it(
+    measured: Callable[..., FakeProcesses], baseline: Path
+) -> None:
+    fake = measured(slower=1.1, noise=0.05)
+    usual = fake.run
+
+    def run(number: int) -> Any:
+        found = usual(number)
+        return replace(found, seconds=25.0) if number == 0 else found
+
+    fake.run = run  # type: ignore[method-assign]
+    assert len(check("p.exit", budget(baseline), ROWS, max_seconds=30.0).measurement.processes) > 20
+
+
+def other_rows(path: Path) -> None:
+    write_baseline(path, measurement(noise=0.02, processes=8, fingerprint="0" * 64))
+
+
+def test_a_baseline_of_other_rows_is_refused_where_it_matters(
+    measured: Callable[..., FakeProcesses], baseline: Path
+) -> None:
+    other_rows(baseline)
+    fake = measured()
+    with pytest.raises(BudgetError, match="measured on other rows") as error:
+        check("p.exit", budget(baseline), ROWS)
+    assert "latency.mean.max_increase" in str(error.value.where)
+    assert fake.count == 0
+    size = replace(budget(baseline), limits=(Limit(Metric("artifact", "size"), "max", 10.0, "10 B"),))
+    report = check("p.exit", size, ROWS)
+    assert report.baseline is None
+    assert any("nothing was compared" in note for note in report.notes)
+
+
+def test_a_baseline_without_that_batch_size_is_refused(
+    measured: Callable[..., FakeProcesses], baseline: Path
+) -> None:
+    measured()
+    limit = Limit(Metric("throughput", "64"), "max_decrease", 0.1, "10 %")
+    with pytest.raises(BudgetError, match="no throughput for batches of 64"):
+        check("p.exit", replace(budget(baseline), limits=(limit,)), ROWS)
+
+
+@pytest.mark.parametrize("damage", ["other rows", "cut off", "empty", "another schema"])
+def test_an_old_baseline_that_is_of_no_use_is_replaced(
+    measured: Callable[..., FakeProcesses], baseline: Path, damage: str
+) -> None:
+    if damage == "other rows":
+        other_rows(baseline)
+    else:
+        text = baseline.read_text()
+        changed = {
+            "cut off": text[:-40],
+            "empty": "",
+            "another schema": text.replace('"schema": 1', '"schema": 9'),
+        }
+        baseline.write_text(changed[damage])
+        measured()
+        with pytest.raises(BudgetError):
+            check("p.exit", budget(baseline), ROWS)
+    measured()
+    report = check("p.exit", budget(baseline), ROWS, update_baseline=True)
+    assert any("old baseline" in note for note in report.notes)
+    assert read_baseline(baseline).answered.fingerprint == "f" * 64
+
+
+def test_what_is_no_baseline_is_not_overwritten(
+    measured: Callable[..., FakeProcesses], tmp_path: Path
+) -> None:
+    path = tmp_path / "package.json"
+    path.write_text('{"name": "mine"}')
+    measured()
+    with pytest.raises(BudgetError, match="will not be overwritten"):
+        check("p.exit", budget(path), ROWS, update_baseline=True)
+    assert path.read_text() == '{"name": "mine"}'
+
+
+@pytest.mark.parametrize("arguments", [{"seed": -1}, {"max_seconds": 0.0}, {"max_seconds": float("nan")}])
+def test_arguments_that_make_no_sense_are_refused(
+    measured: Callable[..., FakeProcesses], baseline: Path, arguments: dict[str, Any]
+) -> None:
+    measured()
+    with pytest.raises(InputError, match="positive"):
+        check("p.exit", budget(baseline), ROWS, **arguments)
