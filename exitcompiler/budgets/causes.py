@@ -9,6 +9,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from exitcompiler.budgets.environment import differences
 from exitcompiler.budgets.figures import Answered, Measurement, ProcessFigures
 from exitcompiler.budgets.intervals import contrast_interval, exp_interval
 from exitcompiler.budgets.outcomes import BlockChange, Causes, ExitChange
@@ -77,7 +78,9 @@ def find_causes(
         BlockChange(name, _mean_block_us(now, name), contrast(_block(now, name), _block(before, name)))
         for name in _common_blocks([*now, *before])
     )
-    return Causes(change, kernels, mix, named, _summary(change, kernels, mix, named), exits, blocks)
+    elsewhere = bool(differences(measurement.environment, baseline.environment))
+    summary = _summary(change, kernels, mix, named, elsewhere=elsewhere)
+    return Causes(change, kernels, mix, named, summary, exits, blocks)
 
 
 def _rates(answered: Answered) -> dict[str, float]:
@@ -121,10 +124,13 @@ def _explains(cause: Interval, other: Interval) -> bool:
     return sure and abs(size) >= max(_WORTH_NAMING, share * abs(beside))
 
 
-def _summary(change: Interval, kernels: Interval, mix: Interval, named: tuple[_Cause, ...]) -> str:
+def _summary(
+    change: Interval, kernels: Interval, mix: Interval, named: tuple[_Cause, ...], *, elsewhere: bool
+) -> str:
     sentences = [f"Mean latency, as a ratio to the plain backbone, is {_times(change)} the baseline's."]
     if "kernels" in named:
         word = "slower" if kernels.value > 1.0 else "faster"
+        word += " (the baseline's are of another place)" if elsewhere else ""
         sentences.append(
             f"The kernels got {word}: a row that leaves at the same exit takes {_times(kernels)} as long."
         )

@@ -93,8 +93,10 @@ def check(
         MeasurementError: A process that measures crashed, was killed, or hung.
     """
     began = time.perf_counter()
-    if seed < 0 or not 0.0 < max_seconds < math.inf:
-        raise InputError(f"seed {seed}, max_seconds {max_seconds}: both have to be positive", where="check")
+    if seed < 0:
+        raise InputError(f"{seed} is negative", where="seed")
+    if not 0.0 < max_seconds < math.inf:
+        raise InputError(f"{max_seconds} is no time to measure for", where="max_seconds")
     if not isinstance(budget, Budget):
         budget = read_budget(Path(budget))
     budget = _with_arguments(budget, baseline, backend, threads, max_rows)
@@ -253,9 +255,15 @@ def _rows_of(program: CompiledModel, data: Any, preprocessing: ImagePreprocessin
 
 
 def _notes(measurement: Measurement, before: Measurement | None) -> Iterator[str]:
+    if len(measurement.answered.exits) == 1:
+        yield "the program has no exits: it is the plain backbone itself"
     count = len(measurement.processes)
     if 0 < count < FIRST_LOOK:
-        yield f"only {count} processes were measured in the time given, so intervals are wide"
+        seconds = FIRST_LOOK * max(process.seconds for process in measurement.processes)
+        yield (
+            f"only {count} processes were measured in the time given, which tells little: "
+            f"{FIRST_LOOK} take about {seconds:.0f} s (--max-seconds)"
+        )
     if before is None:
         return
     if reasons := differences(measurement.environment, before.environment):

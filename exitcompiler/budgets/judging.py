@@ -171,8 +171,8 @@ def _time_or_memory(case: _Case) -> _Found:
         return _Found(None, note="the baseline lacks it")
     old_plus, old_minus = old.ratio
     if limit.kind == "max_slowdown":
-        if reasons := differences(case.measurement.environment, case.before.environment):
-            return _Found(None, note=f"times are not compared: {'; '.join(reasons)}")
+        if differences(case.measurement.environment, case.before.environment):
+            return _Found(None, note="the baseline's times are of another place, so they are not compared")
         plus, old_plus = [series.program], [old.program]
         minus = old_minus = list[_Array]()
     factor = case.factor(plus + old_minus, minus + old_plus)
@@ -213,6 +213,10 @@ def _accuracy(case: _Case) -> _Found:
     if case.budget.fresh_rows:
         return _Found(now, now.value)
     note = f"for fresh rows it is {100 * now.lower:.2f} to {100 * now.upper:.2f} points"
+    right, plain_right = case.measurement.answered.right, case.measurement.answered.plain_right
+    if right is not None and plain_right is not None:
+        shares = (f"{100 * count / case.measurement.answered.rows:.1f} %" for count in (right, plain_right))
+        note += "; {} right, {} without exits".format(*shares)
     return _Found(_exactly(now.value), now.value, note=note)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from budget_figures import EXITS, TIMES_US, measurement
+from budget_figures import EXITS, TIMES_US, elsewhere, measurement
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +54,13 @@ def test_warmer_caches_of_rows_that_go_further_are_not_named_beside_the_mix() ->
     assert found is not None
     assert found.kernels.upper < 1.0
     assert found.named == ("exit mix",)
+
+
+def test_kernels_of_another_place_are_said_to_be() -> None:
+    now, before = measurement(slower=1.3, noise=0.01, seed=1), elsewhere(measurement(noise=0.01, seed=2))
+    found = find_causes(now, before, 0.95)
+    assert found is not None
+    assert "another place" in found.summary
 
 
 def test_a_few_percent_are_never_named() -> None:
