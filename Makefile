@@ -1,10 +1,13 @@
 # Everything that a fresh clone needs: Python >= 3.11 and make. The first target to run sets up .venv.
 #
 #   make demo       train a small network, compile it, show what its exits save (out/demo/)
+#   make check-demo hold its program to a budget (.ci/budget.toml), twice: a baseline, then against it
 #   make test       lint, types, and every test that is not slow
 #   make test-all   the slow tests too
 #   make bench      the CIFAR-10 benchmark: make bench DATA=folder WEIGHTS=folder
 #   make bench-cascade  that of cascades, likewise
+#   make zoo        which networks of torchvision, timm and transformers compile (docs/zoo.md): two hours
+#   make bench-budgets  how often `exitcompiler check` is right: two hours on an idle machine
 #   make gpu-check  on a machine with a GPU: tests and figures, nothing is installed (docs/gpu.md)
 #   make format     rewrite the code as `make lint` wants it
 #   make clean      remove what was built; `make distclean` also removes .venv
@@ -20,7 +23,7 @@ INSTALLED := $(VENV)/.installed
 SOURCE_LIST := $(VENV)/.source-list
 REFRESHED := $(VENV)/.refreshed
 EDITABLE := --config-settings editable_mode=strict
-SOURCES := $(sort $(wildcard exitcompiler/*.py exitcompiler/py.typed exitcompiler/templates/* passes/*.py runtime/*.py runtime/*.cu))
+SOURCES := $(sort $(wildcard exitcompiler/*.py exitcompiler/py.typed exitcompiler/templates/* exitcompiler/budgets/*.py passes/*.py runtime/*.py runtime/*.cu))
 
 # Tests of a file stay together, since what they have in common is made once; one thread each.
 WORKERS ?= -n 2 --dist loadfile
@@ -28,15 +31,17 @@ WORKERS ?= -n 2 --dist loadfile
 DATA ?=
 WEIGHTS ?=
 BENCH_ARGS ?=
+ZOO_ARGS ?=
+BUDGETS_ARGS ?=
 OUT ?= out/gpu
 GPU_ARGS ?=
 # The one that has torch: what PYTHON says, else that of .venv where there is one.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
 
-.PHONY: help setup demo test test-all lint types format bench bench-cascade gpu-check clean distclean force
+.PHONY: help setup demo check-demo test test-all lint types format bench bench-cascade bench-budgets zoo gpu-check clean distclean force
 
 help:
-	@sed -n '3,10s/^#  *//p' Makefile
+	@sed -n '3,13s/^#  *//p' Makefile
 
 setup: $(REFRESHED)
 
@@ -61,6 +66,15 @@ $(REFRESHED): $(INSTALLED) $(SOURCE_LIST)
 
 demo: setup
 	$(BIN)/exitcompiler demo
+
+# What is inconclusive on a machine that is too busy (exit code 2, and a report) is no failure; a broken limit is.
+check-demo: demo
+	rm -f out/demo/baseline.json
+	for option in --update-baseline --max-seconds=90; do \
+	  rm -f out/demo/budget.xml; \
+	  $(BIN)/exitcompiler check out/demo/digits.exit --budget .ci/budget.toml --data out/demo/held_out.npz \
+	    --junit out/demo/budget.xml $$option || { test $$? -eq 2 && test -s out/demo/budget.xml; } || exit 1; \
+	done
 
 test: lint types
 	$(BIN)/pytest -q $(WORKERS) -m "not slow and not gpu"
@@ -87,6 +101,12 @@ bench: setup
 bench-cascade: setup
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench-cascade DATA=folder WEIGHTS=folder"; exit 2; }
 	$(BIN)/python benchmarks/cifar10_cascade.py --data "$(DATA)" --weights "$(WEIGHTS)" $(BENCH_ARGS)
+
+bench-budgets: setup
+	$(BIN)/python benchmarks/budgets.py $(BUDGETS_ARGS)
+
+zoo: setup
+	$(BIN)/python benchmarks/zoo.py $(ZOO_ARGS)
 
 gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu.py --out "$(OUT)" $(GPU_ARGS)

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from exitcompiler.budgets.outcomes import BlockChange, Causes, CheckReport, ExitChange, Outcome, Verdict
+from exitcompiler.budgets.quantities import format_factor
 from exitcompiler.budgets.report import (
     by_growth,
     closing_line,
     format_change,
-    format_factor,
     format_found,
     format_rates,
     remarks,

@@ -91,11 +91,12 @@ def compile_command(
     """Compile a model: find exits, learn when to take them, prune what does not pay, save the program."""
     import exitcompiler
     from exitcompiler.data_sources import input_shape_of_model, load_model
+    from exitcompiler.runtime import backends
 
     options.require_one_target(max_drop, latency_budget_ms)
     preprocessing = options.read_preprocessing(mean, std, image_size)
     loading.require_place(output)
-    loading.share_threads(backend, threads)
+    backends.share_threads(backend, threads)
     network, example = load_model(model)
     shape = input_shape_of_model(network, example)
     calib_data, train_data = loading.load_both(calib, train, shape, preprocessing)
@@ -145,6 +146,7 @@ def cascade_command(
     """Compile several networks, cheap to expensive: learn which rows need which, save the program."""
     import exitcompiler
     from exitcompiler.data_sources import input_shape_of_networks, load_model, load_transform
+    from exitcompiler.runtime import backends
 
     options.require_one_target(max_drop, latency_budget_ms)
     for option, given in (("--name", name or []), ("--transform", transform or [])):
@@ -152,7 +154,7 @@ def cascade_command(
     edges = options.read_edges(edge or [], name or [])
     preprocessing = options.read_preprocessing(mean, std, image_size)
     loading.require_place(output)
-    loading.share_threads(backend, threads)
+    backends.share_threads(backend, threads)
     networks = [load_model(model) for model in models]
     transforms = [load_transform(text) for text in transform] if transform else None
     shape = input_shape_of_networks(networks, transforms)

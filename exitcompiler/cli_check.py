@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,6 @@ import typer.core
 
 from exitcompiler import cli_options as options
 from exitcompiler.check_tables import check_parts
-from exitcompiler.cli_loading import load_rows
 from exitcompiler.cli_tables import Output, show_error
 from exitcompiler.errors import ExitCompilerError
 
@@ -101,34 +102,48 @@ def check_command(
 ) -> None:
     """Hold a program to its budget. Exit code 0: pass, 1: fail, 2: inconclusive, 3: could not be checked."""
     import exitcompiler
+    from exitcompiler.budgets.alone import alone
     from exitcompiler.budgets.junit import junit_xml
     from exitcompiler.budgets.reading import read_budget
     from exitcompiler.budgets.report import report_to_json
     from exitcompiler.files import require_writable, write_file
-    from exitcompiler.runtime.artifact_files import read_artifact
 
     if junit is not None:
         require_writable(junit)
     limits = read_budget(budget)
-    rows = load_rows(read_artifact(artifact), data, options.read_preprocessing(mean, std, image_size))
-    out = Output(as_json=as_json)
-    report = exitcompiler.check(
-        artifact,
-        limits,
-        rows,
-        baseline=baseline,
-        update_baseline=update_baseline,
-        max_seconds=max_seconds,
-        max_rows=max_rows,
-        backend=backend,
-        threads=threads,
-        seed=seed,
-    )
+    preprocessing = options.read_preprocessing(mean, std, image_size)
+    with alone():
+        report = exitcompiler.check(
+            artifact,
+            limits,
+            data,
+            baseline=baseline,
+            update_baseline=update_baseline,
+            max_seconds=max_seconds,
+            max_rows=max_rows,
+            backend=backend,
+            threads=threads,
+            preprocessing=preprocessing,
+            seed=seed,
+        )
     if junit is not None:
         write_file(junit, junit_xml(report))
-    out.show(*check_parts(report, out.console.width))
-    out.result(report_to_json(report))
+    out = Output(as_json=as_json)
+    with _read_or_not():
+        out.show(*check_parts(report, out.console.width))
+        out.result(report_to_json(report))
+        sys.stdout.flush()
     raise typer.Exit(report.exit_code)
+
+
+@contextlib.contextmanager
+def _read_or_not() -> Iterator[None]:
+    """Let the verdict stand where nobody reads to the end, such as ``head``; rich would exit with 1."""
+    try:
+        yield
+    except (BrokenPipeError, SystemExit):
+        with contextlib.suppress(OSError):  # python flushes once more, at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

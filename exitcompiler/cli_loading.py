@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from exitcompiler.runtime.compiled import CompiledModel
     from exitcompiler.runtime.manifest import Artifact
 
-__all__ = ["load_both", "load_program", "load_rows", "require_place", "save_program", "share_threads"]
+__all__ = ["load_both", "load_program", "load_rows", "require_place", "save_program"]
 
 
 def require_place(output: Path) -> None:
@@ -68,12 +68,13 @@ def load_program(
         ArtifactError: It cannot be read.
         BackendUnavailableError: It cannot run here.
     """
+    from exitcompiler.runtime import backends
     from exitcompiler.runtime.artifact_files import read_artifact
     from exitcompiler.runtime.loading import open_artifact
 
     options.require_one_target(max_drop, latency_budget_ms)
     read = read_artifact(path)
-    share_threads(backend, read.manifest.threads if threads is None else threads)
+    backends.share_threads(backend, read.manifest.threads if threads is None else threads)
     compiled = open_artifact(read, backend, threads=threads)
     if max_drop is None and latency_budget_ms is None:
         return compiled
@@ -94,19 +95,3 @@ def save_program(compiled: CompiledModel, output: Path, out: Output) -> None:
     compiled.save(output)
     out.show(compiled.explain(), f"\nSaved to {output}.")
     out.result({"artifact": str(output), "report": compiled.artifact.report})
-
-
-def share_threads(backend: str, threads: int | None) -> None:
-    """Give all ONNX Runtime sessions one pool: this process is ours (docs/backends.md).
-
-    Args:
-        backend: As for ``exitcompiler.load``.
-        threads: Per call; None: the machine's cores.
-    """
-    from exitcompiler.runtime.backends import available_backends, default_threads
-
-    count = default_threads() if threads is None else threads
-    if count > 1 and backend in ("auto", "onnxruntime") and "onnxruntime" in available_backends():
-        from exitcompiler.runtime.onnxruntime_backend import share_thread_pool
-
-        share_thread_pool(count)

@@ -344,7 +344,8 @@ def _is_pair(value: Any) -> bool:
         and len(value) == 2
         and (_is_array(value[0]) or isinstance(value[0], Mapping))
         and _is_array(value[1])
-        and len(value[1].shape) == 1
+        # A tuple is a pair, whatever the labels look like; a list may as well hold two batches of inputs.
+        and (isinstance(value, tuple) or len(value[1].shape) == 1)
     )
 
 
@@ -361,7 +362,11 @@ def _split_labels(data: Any) -> Batch:
 
 
 def _as_labels(labels: Any) -> Array | None:
-    return None if labels is None else np.asarray(labels)
+    array = None if labels is None else np.asarray(labels)
+    if array is not None and array.ndim != 1:
+        what = f"labels of shape {array.shape} are no class numbers"
+        raise CalibrationError(what, remedy="give one number per row, such as y.argmax(axis=1) of one-hot y")
+    return array
 
 
 def _count(inputs: Inputs) -> int:

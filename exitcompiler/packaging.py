@@ -14,6 +14,7 @@ from typing import Final, cast
 from exitcompiler.controlflow import ControlFlow, OutputStructure
 from exitcompiler.engines import Lowerer
 from exitcompiler.evaluation import Evaluation
+from exitcompiler.machine import processor_name
 from exitcompiler.passes.assemble_onnx import assemble_onnx
 from exitcompiler.program import BlockInterface, Program
 from exitcompiler.runtime.backends import Backend
@@ -177,7 +178,7 @@ def environment(backend: Backend | None = None) -> dict[str, Json]:
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cpus": os.cpu_count() or 1,
         **({} if backend is None else _device(backend)),
         **versions,
@@ -193,12 +194,3 @@ def _device(backend: Backend) -> dict[str, Json]:
         "compute_capability": list(driver.compute_capability),
         "cuda_driver": driver.driver_version,
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor()

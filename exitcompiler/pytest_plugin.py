@@ -6,12 +6,8 @@ library until a test asks for a check. What it offers is in ``docs/budgets.md``.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
-import sqlite3
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -38,8 +34,7 @@ PathText: TypeAlias = "str | os.PathLike[str]"
 
 _NAME: Final = "exit_budget"
 _VERDICTS: Final = ("fail", "skip", "pass")
-_PATIENCE_S: Final = 3600.0
-_REPORT: Final = pytest.StashKey["CheckReport"]()
+_REPORTS: Final = pytest.StashKey["list[CheckReport]"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,18 +72,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Check the budget of a marked test, when its fixtures are there."""
+    """Check the budgets of a marked test, when its fixtures are there."""
     if item.get_closest_marker(_NAME) is not None and not item.config.getoption("setupplan", False):
-        _report_of(item)
+        _reports_of(item)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """Fail a marked test whose budget is broken, before its body runs."""
-    report = item.stash.get(_REPORT, None)
-    if report is not None:
-        del item.stash[_REPORT]  # should the test be run again, so is the check
-        _judge(item.config, report)
+    """Fail a marked test that breaks a budget, before its body runs."""
+    reports = item.stash.get(_REPORTS, None)
+    if reports is not None:
+        del item.stash[_REPORTS]  # should the test be run again, so is the check
+        for report in sorted(reports, key=lambda report: report.verdict != "FAIL"):
+            _judge(item.config, report)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -111,9 +107,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def exit_budget_report(request: pytest.FixtureRequest) -> CheckReport:
     """What the check of this test's ``exit_budget`` marker found."""
-    if request.node.get_closest_marker(_NAME) is None:
-        pytest.fail("the fixture exit_budget_report needs @pytest.mark.exit_budget(...)", pytrace=False)
-    return _report_of(request.node)
+    markers = len(list(request.node.iter_markers(_NAME)))
+    if markers != 1:
+        pytest.fail(
+            f"exit_budget_report needs one @pytest.mark.exit_budget(...), and there are {markers}: "
+            "check_exit_budget returns the report of any check",
+            pytrace=False,
+        )
+    return _reports_of(request.node)[0]
 
 
 @pytest.fixture
@@ -177,17 +178,21 @@ class BudgetCheck:
         """
         __tracebackhide__ = True
         import exitcompiler
+        from exitcompiler.budgets.alone import alone
 
         config = self.item.config
         root = config.rootpath
+        named = None if baseline is None else root / baseline
+        failure = ""
         try:
-            with _alone():
+            limits = root / budget if isinstance(budget, str | os.PathLike) else budget
+            with alone():
                 report = exitcompiler.check(
                     root / artifact,
-                    root / budget if isinstance(budget, str | os.PathLike) else budget,
+                    limits,
                     _data_of(root, data),
-                    baseline=None if baseline is None else root / baseline,
-                    update_baseline=bool(config.getoption("--exit-budget-update")),
+                    baseline=named,
+                    update_baseline=_is_updated(config, limits, named),
                     max_seconds=max_seconds,
                     max_rows=max_rows,
                     backend=backend,
@@ -196,26 +201,42 @@ class BudgetCheck:
                     seed=seed,
                 )
         except exitcompiler.ExitCompilerError as error:
-            pytest.fail(f"the budget of {artifact} could not be checked\n{error}", pytrace=False)
+            failure = f"the budget of {artifact} could not be checked\n{error}"
+        if failure:  # outside, so that pytest does not show the error a second time
+            pytest.fail(failure, pytrace=False)
         self.item.user_properties.append((_NAME, _text_of(root, report)))
         return report
 
 
-def _report_of(item: pytest.Item) -> CheckReport:
-    """The check of the test's marker, which is made once."""
+def _reports_of(item: pytest.Item) -> list[CheckReport]:
+    """The checks of all markers of a test, which are made once: of its module or class, then its own."""
     __tracebackhide__ = True
-    found = item.stash.get(_REPORT, None)
+    found = item.stash.get(_REPORTS, None)
     if found is not None:
         return found
-    marker = item.get_closest_marker(_NAME)
-    assert marker is not None
     check = BudgetCheck(item).measure
-    try:
-        given = inspect.signature(check).bind(*marker.args, **marker.kwargs)
-    except TypeError as error:
-        pytest.fail(f"@pytest.mark.{_NAME}: {error}", pytrace=False)
-    report = item.stash[_REPORT] = check(*given.args, **given.kwargs)
-    return report
+    arguments = []
+    wrong = ""
+    for marker in item.iter_markers(_NAME):
+        try:
+            arguments.append(inspect.signature(check).bind(*marker.args, **marker.kwargs))
+        except TypeError as error:
+            wrong = str(error)
+    if wrong:
+        pytest.fail(f"@pytest.mark.{_NAME}: {wrong}", pytrace=False)
+    reports = [check(*given.args, **given.kwargs) for given in reversed(arguments)]
+    item.stash[_REPORTS] = reports
+    return reports
+
+
+def _is_updated(config: pytest.Config, budget: Path | Budget, baseline: Path | None) -> bool:
+    """Whether a new baseline is written: if that is asked for, and there is a place for it."""
+    if not config.getoption("--exit-budget-update"):
+        return False
+    from exitcompiler.budgets.reading import read_budget
+
+    limits = read_budget(budget) if isinstance(budget, Path) else budget
+    return baseline is not None or limits.baseline is not None
 
 
 def _judge(config: pytest.Config, report: CheckReport) -> None:
@@ -254,19 +275,3 @@ def _data_of(root: Path, data: Any) -> Any:
         return data
     path = root / data
     return os.fspath(data) if ":" in os.fspath(data) and not path.exists() else str(path)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Wait until no other process of this user is in here: two measurements disturb one another.
-
-    A transaction of SQLite is a lock that every system has, and that ends with its process.
-
-    Raises:
-        OperationalError: Another check has held it for an hour.
-    """
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    path = Path(tempfile.gettempdir()) / f"exitcompiler-check-{user}.lock"
-    with contextlib.closing(sqlite3.connect(path, timeout=_PATIENCE_S, isolation_level=None)) as connection:
-        connection.execute("BEGIN EXCLUSIVE")
-        yield

@@ -38,6 +38,7 @@ __all__ = [
     "require_precision",
     "require_signature",
     "require_torch_graph",
+    "share_threads",
     "unavailable_reason",
 ]
 
@@ -288,6 +289,20 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def share_threads(backend: str, threads: int | None) -> None:
+    """Give all ONNX Runtime sessions one pool: only for a process that is ours (docs/backends.md).
+
+    Args:
+        backend: As for ``exitcompiler.load``.
+        threads: Per call; None: as many as this process may use.
+    """
+    count = default_threads() if threads is None else threads
+    if count > 1 and backend in ("auto", "onnxruntime") and "onnxruntime" in available_backends():
+        from exitcompiler.runtime.onnxruntime_backend import share_thread_pool
+
+        share_thread_pool(count)
 
 
 _HAVING: Final = {"fp16": "'cuda' or 'tensorrt'", "bf16": "'openvino', 'cuda' or 'tensorrt'"}

@@ -37,5 +37,4 @@ if _are_here("hypothesis"):
 @pytest.fixture(autouse=True)
 def no_shared_thread_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep commands run in this process from taking over its ONNX Runtime sessions, which none can undo."""
-    if _are_here("typer", "rich"):
-        monkeypatch.setattr("exitcompiler.cli_loading.share_threads", lambda backend, threads: None)
+    monkeypatch.setattr("exitcompiler.runtime.backends.share_threads", lambda backend, threads: None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from exitcompiler.benchmarking import Answers, answer_rows
+from exitcompiler.benchmarking import Answers, answer_rows, logits_of
 from exitcompiler.budgets.figures import Answered
 from exitcompiler.data_sources import Inputs, batches_of
 from exitcompiler.errors import CalibrationError, InputError
@@ -50,8 +50,8 @@ def gather_rows(data: Any, max_rows: int | None = None) -> RowPool:
 
     Raises:
         InputError: ``max_rows`` is not positive.
-        CalibrationError: There are no rows, inputs and labels differ in their number of rows, or the data is
-            of no known form.
+        CalibrationError: There are no rows, inputs and labels differ in their number of rows, the data is of
+            no known form, or labels are no class numbers.
     """
     if max_rows is not None and max_rows < 1:
         raise InputError(f"max_rows={max_rows} is not positive", where="max_rows")
@@ -61,11 +61,13 @@ def gather_rows(data: Any, max_rows: int | None = None) -> RowPool:
         raise CalibrationError("there are no rows", where="data", remedy="give data with at least one row")
     inputs, labels = batch
     arrays = dict(_arrays(inputs))
-    counts = {name: len(array) for name, array in arrays.items()}
+    counts = {name or "inputs": len(array) for name, array in arrays.items()}
     if labels is not None:
+        _require_class_numbers(labels)
         counts["labels"] = len(labels)
     if len(set(counts.values())) != 1:
-        raise CalibrationError(f"inputs and labels have different numbers of rows: {counts}", where="data")
+        told = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        raise CalibrationError(f"there are different numbers of rows ({told})", where="data")
     rows = next(iter(counts.values()))
     return RowPool(inputs, labels, rows, _fingerprint(arrays, labels))
 
@@ -86,7 +88,10 @@ def answer(
 
     Raises:
         InputError: The rows do not fit the program.
+        CalibrationError: There is a label of a class that the program has not got.
     """
+    if pool.labels is not None:
+        _require_known_classes(pool.labels, program, pool.inputs)
     data = pool.inputs if pool.labels is None else (pool.inputs, pool.labels)
     found = answer_rows(program, data, batch_size)
     whole = answer_rows(plain, data, batch_size)
@@ -105,6 +110,23 @@ def _against_labels(found: Answers, whole: Answers) -> tuple[int | None, int | N
     counted = (right, plain_right, plain_right & ~right, right & ~plain_right)
     first, second, third, fourth = (int(np.count_nonzero(rows)) for rows in counted)
     return first, second, third, fourth
+
+
+def _require_class_numbers(labels: Array) -> None:
+    """Refuse labels that no answer can equal, so that nothing is lost whatever the program does."""
+    if labels.dtype.kind not in "iufb" or not (labels == np.floor(labels)).all() or (labels < 0).any():
+        raise CalibrationError("labels are no class numbers", where="labels", remedy="give 0, 1, 2, ...")
+
+
+def _require_known_classes(labels: Array, program: CompiledModel, inputs: Inputs) -> None:
+    one = {name: array[:1] for name, array in inputs.items()} if isinstance(inputs, dict) else inputs[:1]
+    classes = logits_of(program.run(one).outputs).shape[1]
+    if labels.max() >= classes:
+        raise CalibrationError(
+            f"there is a label {labels.max()}, and the program has the classes 0 to {classes - 1}",
+            where="labels",
+            remedy="give the class numbers that it was trained with",
+        )
 
 
 def _arrays(inputs: Inputs) -> Iterator[tuple[str, Array]]:

@@ -13,6 +13,7 @@ from exitcompiler.budgets.environment import differences
 from exitcompiler.budgets.figures import Answered, Measurement, ProcessFigures
 from exitcompiler.budgets.intervals import contrast_interval, exp_interval
 from exitcompiler.budgets.outcomes import BlockChange, Causes, ExitChange
+from exitcompiler.budgets.quantities import format_factor
 from exitcompiler.statistics import Interval
 
 __all__ = ["find_causes"]
@@ -127,26 +128,19 @@ def _explains(cause: Interval, other: Interval) -> bool:
 def _summary(
     change: Interval, kernels: Interval, mix: Interval, named: tuple[_Cause, ...], *, elsewhere: bool
 ) -> str:
-    sentences = [f"Mean latency, as a ratio to the plain backbone, is {_times(change)} the baseline's."]
+    sentences = [f"Mean latency over the plain backbone's is {format_factor(change)} the baseline's."]
     if "kernels" in named:
         word = "slower" if kernels.value > 1.0 else "faster"
         word += " (the baseline's are of another place)" if elsewhere else ""
-        sentences.append(
-            f"The kernels got {word}: a row that leaves at the same exit takes {_times(kernels)} as long."
-        )
+        taken = format_factor(kernels)
+        sentences.append(f"The kernels got {word}: a row that leaves at the same exit takes {taken} as long.")
     if "exit mix" in named:
         word = "Fewer" if mix.value > 1.0 else "More"
-        sentences.append(f"{word} inputs leave early: the exit mix alone makes it {_times(mix)}.")
+        sentences.append(f"{word} inputs leave early: the exit mix alone makes it {format_factor(mix)}.")
     if not named:
         sentences.append("Neither the kernels nor the exit mix changed by more than chance and 5 %.")
     elif len(named) == 1:
         other, factor = ("exit mix", mix) if named == ("kernels",) else ("kernels", kernels)
         verb = "is" if other == "exit mix" else "are"
-        sentences.append(f"The {other} {verb} not the reason: {_times(factor)}.")
+        sentences.append(f"The {other} {verb} not the reason: {format_factor(factor)}.")
     return " ".join(sentences)
-
-
-def _times(factor: Interval) -> str:
-    if math.isclose(factor.lower, factor.upper, rel_tol=1e-3):
-        return f"{factor.value:.2f}x"
-    return f"{factor.value:.2f}x ({factor.lower:.2f} to {factor.upper:.2f})"

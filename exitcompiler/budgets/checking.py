@@ -93,10 +93,7 @@ def check(
         MeasurementError: A process that measures crashed, was killed, or hung.
     """
     began = time.perf_counter()
-    if seed < 0:
-        raise InputError(f"{seed} is negative", where="seed")
-    if not 0.0 < max_seconds < math.inf:
-        raise InputError(f"{max_seconds} is no time to measure for", where="max_seconds")
+    _require_sense(artifact, max_seconds, seed)
     if not isinstance(budget, Budget):
         budget = read_budget(Path(budget))
     budget = _with_arguments(budget, baseline, backend, threads, max_rows)
@@ -152,6 +149,17 @@ def check(
         confidence=budget.run.confidence,
         baseline_written=str(budget.baseline) if update_baseline else None,
     )
+
+
+def _require_sense(artifact: object, max_seconds: float, seed: int) -> None:
+    if seed < 0:
+        raise InputError(f"{seed} is negative", where="seed")
+    if not 0.0 < max_seconds < math.inf:
+        raise InputError(f"{max_seconds} is no time to measure for", where="max_seconds")
+    if not isinstance(artifact, str | os.PathLike):
+        raise InputError(
+            f"{type(artifact).__name__} is no path", where="artifact", remedy="save the program: .save(path)"
+        )
 
 
 @dataclass(slots=True)
@@ -238,12 +246,14 @@ def _with_arguments(
 def _open(artifact: Path, budget: Budget) -> tuple[CompiledModel, CompiledModel]:
     """The program at the operating point that is checked, and the plain backbone."""
     program = open_artifact(read_artifact(artifact), budget.run.backend or "auto", threads=budget.run.threads)
-    if budget.run.operating_point is not None:
-        program = program.select(name=budget.run.operating_point)
+    point = budget.run.operating_point
     try:
-        return program, program.plain
+        chosen = program if point is None else program.select(name=point)
+        plain = chosen.plain
     except InputError as error:
-        raise BudgetError(error.what, where=str(artifact), remedy=error.remedy) from error
+        where = str(artifact) if point is None else f"{artifact}, run.operating_point {point!r}"
+        raise BudgetError(error.what, where=where, remedy=error.remedy) from error
+    return chosen, plain
 
 
 def _rows_of(program: CompiledModel, data: Any, preprocessing: ImagePreprocessing | None) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, cast
 
 from exitcompiler.budgets.figures import Environment
-from exitcompiler.machine import processor_name
+from exitcompiler.machine import processor_identity
 from exitcompiler.runtime.backends import Backend, default_threads
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def differences(now: Environment, before: Environment) -> tuple[str, ...]:
         before: Where the baseline was measured.
 
     Returns:
-        A sentence per reason; empty: they may be compared. Other versions of packages are no reason.
+        A sentence per reason; empty: they may be compared. Other versions of packages are no reason. A
+        processor that is not known is another one than any, also than one that is not known either.
     """
     compared = (
         ("processor", now.cpu, before.cpu),
@@ -65,7 +66,7 @@ def differences(now: Environment, before: Environment) -> tuple[str, ...]:
     return tuple(
         f"the {what} is {_shown(here)}, and was {_shown(there)} when the baseline was measured"
         for what, here, there in compared
-        if here != there
+        if here != there or here == ""
     )
 
 
@@ -81,9 +82,12 @@ def _shown(value: str | int) -> str:
 
 
 def _processor(backend: Backend) -> str:
-    if backend.on_device:
-        return cast("DeviceBackend", backend).driver.name
-    return processor_name()
+    """The processor, after the GPU where that does the work: who launches it counts too."""
+    processor = processor_identity()
+    if not backend.on_device:
+        return processor
+    gpu = cast("DeviceBackend", backend).driver.name
+    return f"{gpu} + {processor}" if gpu and processor else ""
 
 
 def _version(package: str) -> str | None:

@@ -16,7 +16,7 @@ class Environment:
     """Where it was measured. Times are compared only where all of the first six are equal.
 
     Args:
-        cpu: The processor's or GPU's name.
+        cpu: The processor, after the GPU if there is one; empty: not known, and then equal to no other.
         cores: That the process may use.
         system: ``"Linux-x86_64"``.
         backend: What ran it.
@@ -68,7 +68,7 @@ class SideFigures:
         p50_us: Median, likewise.
         p95_us: Likewise.
         p99_us: Likewise.
-        rows_per_second: Batch size -> throughput.
+        rows_per_second: Batch size -> throughput, of the middle half of the batches.
     """
 
     mean_us: float

@@ -9,7 +9,7 @@ from exitcompiler.budgets.figures import ProcessFigures, SideFigures, Which
 from exitcompiler.runtime.json_reader import Node
 from exitcompiler.runtime.manifest import Json
 
-__all__ = ["positive", "process_from_json", "process_to_json"]
+__all__ = ["process_from_json", "process_to_json"]
 
 _TIMES = ("mean_us", "p50_us", "p95_us", "p99_us")
 
@@ -32,31 +32,31 @@ def process_from_json(node: Node) -> ProcessFigures:
     """A process, read strictly.
 
     Raises:
-        ArtifactError: Keys are missing or unknown, or a value is of the wrong type, negative or not finite;
-            names the place.
+        ArtifactError: Keys are missing or unknown, or a value is of the wrong type, not positive or not
+            finite; names the place.
     """
     node.only(*ProcessFigures.__slots__)
     return ProcessFigures(
         program=_side_from_json(node["program"]),
         plain=_side_from_json(node["plain"]),
-        exits_us={name: positive(entry) for name, entry in node["exits_us"].items()},
-        blocks_us={name: positive(entry) for name, entry in node["blocks_us"].items()},
+        exits_us={name: _positive(entry) for name, entry in node["exits_us"].items()},
+        blocks_us={name: _positive(entry) for name, entry in node["blocks_us"].items()},
         first=cast("Which", node["first"].choice(("program", "plain"))),
-        load_ms=positive(node["load_ms"]),
-        peak_bytes=node["peak_bytes"].integer(),
-        seconds=positive(node["seconds"]),
+        load_ms=_positive(node["load_ms"]),
+        peak_bytes=node["peak_bytes"].integer(1),
+        seconds=_positive(node["seconds"]),
     )
 
 
-def positive(node: Node) -> float:
-    """A finite number that is not negative.
+def _positive(node: Node) -> float:
+    """A finite number above zero: all that is measured is, and is divided by.
 
     Raises:
         ArtifactError: It is not.
     """
     number = node.number()
-    if number < 0:
-        node.fail(f"{number} is negative")
+    if number <= 0:
+        node.fail(f"{number} is not positive")
     return number
 
 
@@ -71,8 +71,8 @@ def _side_from_json(node: Node) -> SideFigures:
     for size, rate in node["rows_per_second"].items():
         if not (size.isascii() and size.isdigit() and int(size) > 0 and str(int(size)) == size):
             node["rows_per_second"].fail(f"{size!r} is not a batch size")
-        rates[int(size)] = positive(rate)
-    mean, p50, p95, p99 = (positive(node[name]) for name in _TIMES)
+        rates[int(size)] = _positive(rate)
+    mean, p50, p95, p99 = (_positive(node[name]) for name in _TIMES)
     return SideFigures(mean, p50, p95, p99, rates)
 
 

@@ -36,3 +36,15 @@ def require_fit(budget: Budget, exits: Sequence[str], *, labelled: bool) -> None
                 where=limit.key,
                 remedy="name one of these, or check which operating point is meant",
             )
+    most = {
+        limit.metric.name: limit.value
+        for limit in budget.limits
+        if limit.metric.family == "exit_rates" and limit.kind == "max"
+    }
+    if most.keys() >= set(exits) and sum(most.values()) < 1.0 - 1e-9:
+        together = f"{100 * sum(most.values()):g} %"
+        raise BudgetError(
+            f"the maximums of all exits add up to {together}, and every row leaves somewhere",
+            where="exit_rates",
+            remedy="raise one of them",
+        )

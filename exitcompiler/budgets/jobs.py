@@ -19,11 +19,13 @@ from exitcompiler.files import write_file
 from exitcompiler.runtime.json_reader import Node, parse_json
 from exitcompiler.runtime.manifest import Json
 
-__all__ = ["Job", "Order", "Rows", "read_order", "read_result", "read_rows", "write_error", "write_figures",
-           "write_order", "write_rows"]  # fmt: skip
+__all__ = ["FOLDER_PREFIX", "Job", "Order", "Rows", "read_order", "read_result", "read_rows", "write_error",
+           "write_figures", "write_order", "write_rows"]  # fmt: skip
 
 Array: TypeAlias = npt.NDArray[Any]
 
+FOLDER_PREFIX: Final = "exitcompiler-check-"
+"""Of the name of the temporary folder."""
 _EXIT_INDEX: Final = "exit_index.npy"
 
 
@@ -34,7 +36,7 @@ class Job:
     Args:
         artifact: Of the program; a path.
         backend: As for ``exitcompiler.load``.
-        threads: Per call; None: as when it was compiled.
+        threads: Per call.
         operating_point: Its name; None: the selected one.
         batch_sizes: Whose throughput is measured.
         seed: Of rows and of orders; every process draws its own.
@@ -44,7 +46,7 @@ class Job:
 
     artifact: str | os.PathLike[str]
     backend: str = "auto"
-    threads: int | None = None
+    threads: int = 1
     operating_point: str | None = None
     batch_sizes: tuple[int, ...] = ()
     seed: int = 0

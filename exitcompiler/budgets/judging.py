@@ -212,7 +212,8 @@ def _accuracy(case: _Case) -> _Found:
         return _Found(_exactly(now.value - before.value), now.value, before.value)
     if case.budget.fresh_rows:
         return _Found(now, now.value)
-    note = f"for fresh rows it is {100 * now.lower:.2f} to {100 * now.upper:.2f} points"
+    unit = "points" if case.limit.metric.name == "drop" else "%"
+    note = f"for fresh rows it is {100 * now.lower:.2f} to {100 * now.upper:.2f} {unit}"
     right, plain_right = case.measurement.answered.right, case.measurement.answered.plain_right
     if right is not None and plain_right is not None:
         shares = (f"{100 * count / case.measurement.answered.rows:.1f} %" for count in (right, plain_right))

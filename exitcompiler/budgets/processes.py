@@ -11,14 +11,22 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 import exitcompiler
 from exitcompiler.budgets.figures import Answered, ProcessFigures
-from exitcompiler.budgets.jobs import Job, Order, Rows, read_result, write_order, write_rows
+from exitcompiler.budgets.jobs import (
+    FOLDER_PREFIX,
+    Job,
+    Order,
+    Rows,
+    read_result,
+    write_order,
+    write_rows,
+)
 from exitcompiler.budgets.sampling import ROWS_PER_EXIT, stratified_subset
 from exitcompiler.errors import ArtifactError, ExitCompilerError, InputError, MeasurementError
 
@@ -31,6 +39,9 @@ Array: TypeAlias = npt.NDArray[Any]
 
 # -P: what lies in the working directory is not what is to be imported.
 _WORKER: Final = ("-P", "-m", "exitcompiler.budgets.worker")
+
+_TRACERS: Final = ("COVERAGE_PROCESS", "COV_CORE_")
+"""Beginnings of what coverage and pytest-cov tell processes by: one that is traced measures the tracing."""
 
 _MOST_BYTES: Final = 256 * 2**20
 _LAST_LINES: Final = 15
@@ -71,19 +82,16 @@ class Processes:
         self._names = rows.names
         rows, self.notes = _few_enough(rows, job.seed)
         self._timeout_s = timeout_s(job, len(self._exits))
-        self._temporary = tempfile.TemporaryDirectory(
-            prefix="exitcompiler-check-", ignore_cleanup_errors=True
-        )
+        try:
+            self._temporary = tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, ignore_cleanup_errors=True)
+        except OSError as error:
+            raise _no_room(error, "the temporary folder") from error
         self._folder = Path(self._temporary.name)
         try:
             write_rows(self._folder, rows)
         except OSError as error:
             self.close()
-            raise InputError(
-                f"the rows cannot be written: {error.strerror or error}",
-                where=str(self._folder),
-                remedy="set TMPDIR to a folder with more room, or take fewer rows with max_rows",
-            ) from error
+            raise _no_room(error, str(self._folder)) from error
 
     def __enter__(self) -> Processes:
         return self
@@ -132,35 +140,55 @@ class Processes:
                 "this python does not know its own executable, so that no fresh process can be started",
                 where=f"process {number}",
             )
-        command = [sys.executable, *_WORKER, str(order_file)]
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=_environment(),
-            )
-        except OSError as error:
-            raise MeasurementError(
-                f"it cannot be started: {error.strerror}", where=f"process {number}"
-            ) from error
-        with process:
+        # The worker ends when nobody holds the other end of its standard input any more.
+        ours, its = _pipe()
+        with ours:
             try:
-                output, _ = process.communicate(timeout=self._timeout_s)
-            except subprocess.TimeoutExpired as error:
-                process.kill()
-                output, _ = process.communicate()
+                with its:
+                    process = subprocess.Popen(
+                        [sys.executable, *_WORKER, str(order_file)],
+                        stdin=its,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        env=_environment(),
+                    )
+            except OSError as error:
                 raise MeasurementError(
-                    f"it was stopped, as it had not ended after {self._timeout_s:.0f} s",
-                    where=f"process {number}",
-                    remedy=f"see whether the program answers at all; {_said(_text(output))}",
+                    f"it cannot be started: {error.strerror}", where=f"process {number}"
                 ) from error
-            except BaseException:
-                process.kill()
-                process.wait()
-                raise
+            with process:
+                return self._wait_for(process, number)
+
+    def _wait_for(self, process: subprocess.Popen[bytes], number: int) -> tuple[int, str]:
+        try:
+            output, _ = process.communicate(timeout=self._timeout_s)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            output, _ = process.communicate()
+            raise MeasurementError(
+                f"it was stopped, as it had not ended after {self._timeout_s:.0f} s",
+                where=f"process {number}",
+                remedy=f"see whether the program answers at all; {_said(_text(output))}",
+            ) from error
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         return process.returncode, _text(output)
+
+
+def _pipe() -> tuple[IO[bytes], IO[bytes]]:
+    """The end to write to, which processes started from here do not inherit, and the end to read from."""
+    read, write = os.pipe()
+    return os.fdopen(write, "wb", 0), os.fdopen(read, "rb", 0)
+
+
+def _no_room(error: OSError, where: str) -> InputError:
+    return InputError(
+        f"the rows cannot be written: {error.strerror or error}",
+        where=where,
+        remedy="set TMPDIR to a folder with more room, or take fewer rows with max_rows",
+    )
 
 
 def timeout_s(job: Job, exits: int) -> float:
@@ -170,7 +198,7 @@ def timeout_s(job: Job, exits: int) -> float:
         job: What it measures.
         exits: How many the program has.
     """
-    rows = _TURNS + ROWS_PER_EXIT * exits + 5 * sum(job.batch_sizes)
+    rows = _TURNS + ROWS_PER_EXIT * exits + 7 * sum(job.batch_sizes)
     needed = _START_S + 10 * job.seconds * (1 + len(job.batch_sizes)) + 2 * _SLOWEST_ROW_S * rows
     return min(needed, _LONGEST_S)
 
@@ -191,7 +219,7 @@ def _few_enough(rows: Rows, seed: int) -> tuple[Rows, tuple[str, ...]]:
 
 def _environment() -> dict[str, str]:
     """This process's, with the place of this very package where python would not look by itself."""
-    environment = dict(os.environ)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_TRACERS)}
     home = str(Path(exitcompiler.__file__).parent.parent)
     by_itself = [*site.getsitepackages(), site.getusersitepackages()]
     if home not in by_itself:

@@ -11,8 +11,21 @@ from typing import Final
 from exitcompiler.budgets.limits import LimitKind, Metric
 from exitcompiler.errors import BudgetError
 from exitcompiler.runtime.wording import format_duration
+from exitcompiler.statistics import Interval
 
-__all__ = ["Unit", "describe_value", "format_figure", "format_now", "read_quantity", "unit_of"]
+__all__ = [
+    "UNKNOWN",
+    "Unit",
+    "describe_value",
+    "format_factor",
+    "format_figure",
+    "format_now",
+    "read_quantity",
+    "unit_of",
+]
+
+UNKNOWN: Final = "?"
+"""Stands for an end that a handful of processes cannot give."""
 
 _LONGEST: Final = 60
 _NUMBER: Final = re.compile(r"([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)\s*(.*)", re.DOTALL)
@@ -162,6 +175,15 @@ def format_now(metric: Metric, kind: LimitKind, value: float) -> str:
         value: As in the outcome.
     """
     return (_RATIO if _compares_ratios(metric, kind) else _own(metric)).show(value)
+
+
+def format_factor(factor: Interval) -> str:
+    """A factor and its interval: ``1.21x (1.18 to 1.24)``; without it where it is as narrow as the digits."""
+    value, lower, upper = (
+        f"{end:.2f}" if 0.0 < end < math.inf else UNKNOWN
+        for end in (factor.value, factor.lower, factor.upper)
+    )
+    return f"{value}x" if lower == upper == value != UNKNOWN else f"{value}x ({lower} to {upper})"
 
 
 def _compares_ratios(metric: Metric, kind: LimitKind) -> bool:

@@ -191,7 +191,9 @@ def read_budget(path: Path) -> Budget:
 def _parse(path: Path) -> dict[str, Any]:
     remedy = f"write a budget.toml with at least one limit: {_EXAMPLE}"
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # some editors on Windows begin with a mark
+    except IsADirectoryError as error:
+        raise BudgetError("is a directory", where=str(path), remedy="name the budget.toml in it") from error
     except OSError as error:
         raise BudgetError(f"cannot be read: {error.strerror}", where=str(path), remedy=remedy) from error
     except UnicodeDecodeError as error:
@@ -199,8 +201,11 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # the second: tables in tables in tables
+        unquoted = any(said in str(error) for said in ("Invalid value", "Expected newline"))
         raise BudgetError(
-            f"is not TOML: {error}", where=str(path), remedy='values with a unit stand in quotes: "2 ms"'
+            f"is not TOML: {error}",
+            where=str(path),
+            remedy='values with a unit stand in quotes: "2 ms"' if unquoted else None,
         ) from error
     if not document:
         raise BudgetError("is empty", where=str(path), remedy=remedy)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import geometric_mean
-from typing import Any, Final, get_args
+from typing import Any, get_args
 
 from exitcompiler.budgets.figures import Environment, Measurement, ProcessFigures, SideFigures
-from exitcompiler.budgets.limits import LATENCIES, Metric
+from exitcompiler.budgets.judging import series_of
+from exitcompiler.budgets.limits import LATENCIES, Limit, Metric
 from exitcompiler.budgets.outcomes import BlockChange, Causes, CheckReport, ExitChange, Outcome, Verdict
-from exitcompiler.budgets.quantities import format_figure, format_now
+from exitcompiler.budgets.quantities import UNKNOWN, format_factor, format_figure, format_now
 from exitcompiler.runtime.wording import as_sentence, count_noun, format_duration, format_text_table
 from exitcompiler.statistics import Interval
 
@@ -19,7 +20,6 @@ __all__ = [
     "by_growth",
     "closing_line",
     "format_change",
-    "format_factor",
     "format_found",
     "format_rates",
     "outcome_line",
@@ -27,12 +27,6 @@ __all__ = [
     "report_lines",
     "report_to_json",
 ]
-
-_UNKNOWN: Final = "?"
-"""Stands for an end that a handful of processes cannot give."""
-
-_OF_ROWS: Final = frozenset({"accuracy", "exit_rates"})
-"""Families that more rows make surer, and more processes do not."""
 
 
 def report_to_json(report: CheckReport) -> dict[str, Any]:
@@ -97,12 +91,26 @@ def format_found(outcome: Outcome) -> str:
         return "-"
 
     def show(value: float) -> str:
-        return format_figure(limit.metric, limit.kind, value) if math.isfinite(value) else _UNKNOWN
+        return format_figure(limit.metric, limit.kind, value) if _is_known(limit, value) else UNKNOWN
 
     if found.lower == found.upper:
-        return show(found.value)
+        return show(found.value) + _beside(outcome, found.value, show)
     lower, upper, value = _with_one_unit(show(found.lower), show(found.upper), show(found.value))
     return f"{value} ({lower} to {upper})"
+
+
+def _beside(outcome: Outcome, value: float, show: Callable[[float], str]) -> str:
+    """By how much a figure breaks its limit, where rounding would hide it."""
+    limit = outcome.limit.value
+    if outcome.verdict != "FAIL" or show(value) != show(limit) or not limit:
+        return ""
+    return f", {100 * abs(value / limit - 1.0):.1g} % {'above' if value > limit else 'below'}"
+
+
+def _is_known(limit: Limit, value: float) -> bool:
+    """Whether it is no end of an interval whose logarithm is not bounded: times are not zero."""
+    nothing = {"max_decrease": 1.0, "max_increase": -1.0, "max_slowdown": -1.0}.get(limit.kind, 0.0)
+    return math.isfinite(value) and not (limit.metric.is_timed and value == nothing)
 
 
 def format_change(outcome: Outcome) -> str:
@@ -116,19 +124,10 @@ def format_change(outcome: Outcome) -> str:
 
 def _with_one_unit(*figures: str) -> list[str]:
     """The figures, with the unit at the last one alone if they share it: ``0.80``, ``0.90 points``."""
-    known = [figure for figure in figures if figure != _UNKNOWN]
+    known = [figure for figure in figures if figure != UNKNOWN]
     if len({figure.partition(" ")[2] for figure in known}) != 1:
         return list(figures)
     return [*(figure.partition(" ")[0] for figure in figures[:-1]), figures[-1]]
-
-
-def format_factor(factor: Interval) -> str:
-    """A factor and its interval: ``1.21x (1.18 to 1.24)``."""
-    value, lower, upper = (
-        f"{end:.2f}" if math.isfinite(end) else _UNKNOWN for end in (factor.value, factor.lower, factor.upper)
-    )
-    exact = factor.lower == factor.upper
-    return f"{value}x" if exact else f"{value}x ({lower} to {upper})"
 
 
 def format_rates(exit: ExitChange) -> str:
@@ -152,18 +151,42 @@ def remarks(report: CheckReport) -> list[str]:
     return notes
 
 
-def _advice(report: CheckReport) -> list[str]:
+def _advice(report: CheckReport) -> Iterator[str]:
     """What would make inconclusive limits conclusive."""
-    straddling = {o.limit.metric.family for o in report.outcomes if o.verdict == "INCONCLUSIVE"}
-    remedies = (
-        (straddling - _OF_ROWS, "measure longer (--max-seconds), or where less else runs"),
-        (straddling & _OF_ROWS, "it takes more rows"),
+    keys: dict[str, list[str]] = {}
+    for outcome in report.outcomes:
+        if outcome.verdict == "INCONCLUSIVE":
+            keys.setdefault(_remedy(outcome, report), []).append(outcome.limit.key)
+    for remedy, about in keys.items():
+        yield f"{', '.join(about)}: {remedy}"
+
+
+def _remedy(outcome: Outcome, report: CheckReport) -> str:
+    limit, found = outcome.limit, outcome.found
+    if not limit.metric.is_timed:
+        return "the interval straddles the limit: it takes more rows"
+    if found is not None and not (_is_known(limit, found.lower) and _is_known(limit, found.upper)):
+        return "these are too few processes for an interval: measure longer (--max-seconds)"
+    if limit.needs_baseline and report.baseline is not None:
+        now, before = (_variance(limit, part) for part in (report.measurement, report.baseline))
+        if before >= now:
+            return (
+                "the interval straddles the limit, mostly since the baseline is unsure: write it anew, with "
+                "--update-baseline and a larger --max-seconds"
+            )
+    return (
+        "the interval straddles the limit: measure longer (--max-seconds), or where less else runs, or give "
+        "the limit more room"
     )
-    return [
-        f"{', '.join(sorted(families))}: an interval straddles its limit: {remedy}"
-        for families, remedy in remedies
-        if families
-    ]
+
+
+def _variance(limit: Limit, measurement: Measurement) -> float:
+    """Of what a limit on a change compares, as a logarithm; infinite where it is not known."""
+    series = series_of(measurement, limit.metric.family, limit.metric.name)
+    if series is None:
+        return math.inf
+    groups = [series.program] if limit.kind == "max_slowdown" else [*series.ratio[0], *series.ratio[1]]
+    return sum(float(group.var(ddof=1)) / len(group) if len(group) > 1 else math.inf for group in groups)
 
 
 def closing_line(report: CheckReport) -> str:
@@ -175,7 +198,7 @@ def closing_line(report: CheckReport) -> str:
     effort = [
         f"{processes} process{'' if processes == 1 else 'es'}",
         f"{report.seconds:.0f} s",
-        f"{measurement.answered.rows:,} rows",
+        f"{measurement.answered.rows:,} row{'' if measurement.answered.rows == 1 else 's'}",
         count_noun(environment.threads, "thread"),
         environment.backend,
         f"{100 * report.confidence:g} % intervals",

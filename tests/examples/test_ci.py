@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,35 @@ def test_the_workflow_calls_what_there_is(workflow: dict[Any, Any]) -> None:
     assert upload["with"]["path"].split() == ["exit-budget.xml", "ci/baseline.json"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the scripts are for bash")
+@pytest.mark.parametrize(
+    ("says", "check", "update"),
+    [
+        ("echo report > exit-budget.xml; exit 0", 0, 0),
+        ("echo report > exit-budget.xml; exit 1", 1, 0),
+        ("echo report > exit-budget.xml; exit 2", 0, 0),
+        ("echo report > exit-budget.xml; exit 3", 3, 3),
+        ("exit 2", 2, 2),  # no such command, or no such option
+        ("exit 137", 137, 137),
+    ],
+)
+def test_the_steps_fail_as_they_should(
+    workflow: dict[Any, Any], tmp_path: Path, says: str, check: int, update: int
+) -> None:
+    command = tmp_path / "exitcompiler"
+    command.write_text(f"#!/bin/sh\n{says}\n", encoding="utf-8")
+    command.chmod(0o755)
+    (tmp_path / "exit-budget.xml").write_text("of an earlier check", encoding="utf-8")
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"} | workflow["env"]
+    for script, code in zip(
+        [script for script in scripts(workflow) if "exitcompiler check" in script],
+        (check, update),
+        strict=True,
+    ):
+        found = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment, timeout=60)
+        assert found.returncode == code
+
+
 @pytest.mark.parametrize(("page", "count"), [("examples/ci/README.md", 1), ("docs/budgets.md", 3)])
 def test_pages_call_what_there_is(page: str, count: int) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -111,8 +143,9 @@ def test_every_key_of_the_reader_is_in_the_page() -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What ``exitcompiler.check`` is asked, which passes everything here."""
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...]]:
+    """What ``exitcompiler.check`` is asked, which passes everything here; it waits for no other check."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found: list[tuple[Any, ...]] = []
 
     def check(*args: Any, **kwargs: Any) -> CheckReport:

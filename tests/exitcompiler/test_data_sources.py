@@ -271,6 +271,14 @@ def test_rebatching_what_is_no_data(data: Any) -> None:
         list(batches_of(data, 2))
 
 
+@pytest.mark.parametrize("labels", [np.eye(2)[[0, 1, 1]], np.zeros((3, 1))])
+def test_labels_of_more_than_a_number_per_row_are_refused(labels: Any) -> None:
+    x = np.zeros((3, 2, 4, 4), np.float32)
+    for data in ((x, labels), [(x, labels)]):
+        with pytest.raises(CalibrationError, match=r"labels of shape \(3, \d\) are no class numbers"):
+            next(batches_of(data, 2))
+
+
 def test_rebatching_mixed_labels() -> None:
     x = np.zeros((2, 2))
     with pytest.raises(CalibrationError, match="some batches have labels"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,7 @@ class FakeCheck:
 
     def __init__(self) -> None:
         self.verdict: Verdict = "PASS"
+        self.broken: str | None = None
         self.error: BudgetError | None = None
         self.asked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -55,7 +57,15 @@ class FakeCheck:
         self.asked.append((args, kwargs))
         if self.error is not None:
             raise self.error
-        return report_of(args[0], self.verdict)
+        broken = self.broken is not None and self.broken in args[0].name
+        return report_of(args[0], "FAIL" if broken else self.verdict)
+
+
+@pytest.fixture(autouse=True)
+def no_other_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others on this machine do not matter here."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 @pytest.fixture
@@ -183,6 +193,7 @@ def test_what_cannot_be_checked_is_an_error_and_no_failure(
         ["the budget of models/a.exit could not be checked", "budget.toml: *", "  -> give one"]
     )
     result.stdout.no_fnmatch_line("*Traceback*")
+    result.stdout.no_fnmatch_line("*another exception occurred*")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -203,12 +214,42 @@ def test_wrong_arguments_of_the_marker(
 def test_the_fixture_without_the_marker(run: Callable[..., pytest.RunResult]) -> None:
     result = run("def test_budget(exit_budget_report): pass")
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines("*needs @pytest.mark.exit_budget*")
+    result.stdout.fnmatch_lines("*needs one @pytest.mark.exit_budget(...), and there are 0: *")
 
 
-def test_new_baselines(run: Callable[..., pytest.RunResult], check: FakeCheck) -> None:
-    run(MARKED, "--exit-budget-update").assert_outcomes(passed=1)
-    assert check.asked[0][1]["update_baseline"] is True
+def test_new_baselines_where_there_is_a_place_for_them(
+    run: Callable[..., pytest.RunResult], check: FakeCheck, pytester: pytest.Pytester
+) -> None:
+    budget = pytester.mkdir("ci") / "budget.toml"
+    limit = "[latency.mean]\nmax_ratio = 0.6\n"
+    for text, marked, updated in (
+        (f"baseline = 'base.json'\n{limit}", MARKED, True),
+        (limit, MARKED, False),
+        (limit, MARKED.replace("threads=1", "baseline='base.json'"), True),
+    ):
+        budget.write_text(text)
+        run(marked, "--exit-budget-update").assert_outcomes(passed=1)
+        assert check.asked.pop()[1]["update_baseline"] is updated
+
+
+def test_every_marker_is_checked(run: Callable[..., pytest.RunResult], check: FakeCheck) -> None:
+    test = """
+    import pytest
+
+    @pytest.mark.exit_budget("upper.exit", data="data.npz")
+    @pytest.mark.exit_budget("lower.exit", data="data.npz")
+    def test_both(): pass
+    """
+    run(test).assert_outcomes(passed=1)
+    assert sorted(args[0].name for args, _ in check.asked) == ["lower.exit", "upper.exit"]
+    for broken in ("upper", "lower"):
+        check.broken = broken
+        result = run(test)
+        result.assert_outcomes(failed=1)
+        result.stdout.fnmatch_lines(["*FAILURES*", f"{broken}.exit: FAIL"])
+    result = run(test.replace("test_both()", "test_both(exit_budget_report)"))
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines("*needs one @pytest.mark.exit_budget(...), and there are 2: *")
 
 
 def test_nothing_is_checked_for_tests_that_do_not_run(
@@ -240,7 +281,7 @@ def test_a_class_marked_as_a_whole_and_unittest(
         def test_third(self): pass
     """)
     result.assert_outcomes(passed=3)
-    assert [args[0].name for args, _ in check.asked] == ["a.exit", "b.exit", "c.exit"]
+    assert [args[0].name for args, _ in check.asked] == ["a.exit", "a.exit", "b.exit", "c.exit"]
 
 
 def test_fixtures_of_the_test_come_first(run: Callable[..., pytest.RunResult], check: FakeCheck) -> None:

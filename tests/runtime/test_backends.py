@@ -193,6 +193,22 @@ def test_idle_workers_of_onnxruntime_sessions_do_not_spin() -> None:
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
 
 
+def test_a_process_of_ours_shares_threads_where_there_are_several_of_onnxruntime() -> None:
+    pytest.importorskip("onnxruntime")
+    script = """
+        from exitcompiler.runtime.backends import share_threads
+        from exitcompiler.runtime.onnxruntime_backend import _shared_pool
+
+        share_threads("onnxruntime", 1)
+        share_threads("openvino", 2)
+        assert _shared_pool.threads is None
+        share_threads("auto", 2)
+        assert _shared_pool.threads == 2
+    """
+    environment = {"PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=environment, timeout=60)
+
+
 def test_onnxruntime_sessions_can_share_one_thread_pool() -> None:
     pytest.importorskip("onnxruntime")
     script = """

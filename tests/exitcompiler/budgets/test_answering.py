@@ -80,12 +80,34 @@ def test_the_order_of_named_inputs_makes_no_difference() -> None:
 def test_data_that_cannot_be_used() -> None:
     with pytest.raises(CalibrationError, match="no rows"):
         gather_rows(X[:0])
-    with pytest.raises(CalibrationError, match=r"different numbers of rows: .*'labels': 4"):
+    with pytest.raises(CalibrationError, match=r"different numbers of rows \(inputs: 5, labels: 4\)"):
         gather_rows((X, Y[:4]))
     with pytest.raises(CalibrationError, match="different numbers of rows"):
         gather_rows({"a": X, "b": X[:2]})
     with pytest.raises(InputError, match="max_rows=0"):
         gather_rows(X, 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (np.eye(2)[Y], r"labels of shape \(5, 2\)"),
+        (Y + 0.5, "no class numbers"),
+        (-Y, "no class numbers"),
+        (np.where(Y == 1, np.nan, 0.0), "no class numbers"),
+        (np.array(list("abcde")), "no class numbers"),
+    ],
+)
+def test_labels_that_no_answer_can_equal_are_refused(labels: Any, said: str) -> None:
+    with pytest.raises(CalibrationError, match=said):
+        gather_rows((X, labels))
+    assert gather_rows((X, Y.astype(np.float64))).rows == 5
+
+
+def test_a_label_of_another_class_is_refused() -> None:
+    program: Any = Flipped()
+    with pytest.raises(CalibrationError, match="a label 2, and the program has the classes 0 to 1"):
+        answer(program, program.plain, gather_rows((X, 2 * Y)))
 
 
 def test_answers_are_counted() -> None:

@@ -20,6 +20,7 @@ from exitcompiler.errors import BudgetError, InputError
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 COUNTS = st.integers(0, 10**6)
+SIZES = st.integers(1, 10**6)
 
 
 def rounded(number: float) -> float:
@@ -53,7 +54,7 @@ def measurements(draw: st.DrawFn) -> Measurement:
     def one() -> ProcessFigures:
         exits = {name: draw(TIMES) for name in answered.exits}
         first = draw(st.sampled_from(["program", "plain"]))
-        return ProcessFigures(side(), side(), exits, blocks, first, draw(TIMES), draw(COUNTS), draw(TIMES))  # type: ignore[arg-type]
+        return ProcessFigures(side(), side(), exits, blocks, first, draw(TIMES), draw(SIZES), draw(TIMES))  # type: ignore[arg-type]
 
     environment = Environment(
         draw(st.text(st.characters(codec="utf-8"), max_size=8)),
@@ -65,7 +66,7 @@ def measurements(draw: st.DrawFn) -> Measurement:
         draw(st.dictionaries(NAMES, NAMES, max_size=3)),
     )
     processes = tuple(one() for _ in range(draw(st.integers(1, 3))))
-    return Measurement(environment, draw(NAMES), draw(COUNTS), answered, processes)
+    return Measurement(environment, draw(NAMES), draw(SIZES), answered, processes)
 
 
 @given(measurements())
@@ -126,11 +127,20 @@ def change(*keys: str | int, to: Any = None, delete: bool = False) -> Callable[[
         (change("processes", to=[]), "processes", "there is no process"),
         (change("processes", to={}), "processes", "expected an array"),
         (change("processes", 0, "first", to="both"), "processes[0].first", "expected one of"),
-        (change("processes", 0, "load_ms", to=-1), "processes[0].load_ms", "-1.0 is negative"),
+        (change("processes", 0, "load_ms", to=-1), "processes[0].load_ms", "-1.0 is not positive"),
         (change("processes", 0, "load_ms", to=True), "processes[0].load_ms", "expected a number"),
         (change("processes", 0, "load_ms", to=10**999), "processes[0].load_ms", "too large"),
         (change("processes", 0, "plain", "p50_us", delete=True), "processes[0].plain", "'p50_us' is missing"),
-        (change("processes", 0, "plain", "mean_us", to=0), "processes[0]", "mean latency is zero"),
+        (change("size_bytes", to=0), "size_bytes", "0 is not in 1.."),
+        (change("processes", 0, "peak_bytes", to=0), "processes[0].peak_bytes", "0 is not in 1.."),
+        (change("processes", 0, "plain", "p95_us", to=0), "processes[0].plain.p95_us", "0.0 is not positive"),
+        (change("processes", 0, "exits_us", "early", to=0.0), "processes[0].exits_us.early", "not positive"),
+        (change("processes", 0, "blocks_us", "first", to=0), "processes[0].blocks_us.first", "not positive"),
+        (
+            change("processes", 0, "program", "rows_per_second", "32", to=0),
+            "processes[0].program.rows_per_second.32",
+            "not positive",
+        ),
         (change("processes", 0, "exits_us", "early", delete=True), "processes[0]", "not those of 'answered'"),
         (
             change("processes", 0, "plain", "rows_per_second", "032", to=1),

@@ -302,6 +302,20 @@ def test_what_is_no_baseline_is_not_overwritten(
     assert path.read_text() == '{"name": "mine"}'
 
 
+def test_exits_that_cannot_hold_all_rows_are_refused(measured: Callable[..., FakeProcesses]) -> None:
+    measured()
+    limits = tuple(
+        Limit(Metric("exit_rates", name), "max", 0.3, "30 %") for name in ("early", "middle", "backbone")
+    )
+    with pytest.raises(BudgetError, match="add up to 90 %"):
+        check("p.exit", Budget(limits), ROWS)
+
+
+def test_a_program_in_memory_is_no_artifact(baseline: Path) -> None:
+    with pytest.raises(InputError, match="is no path"):
+        check(object(), budget(baseline), ROWS)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("arguments", [{"seed": -1}, {"max_seconds": 0.0}, {"max_seconds": float("nan")}])
 def test_arguments_that_make_no_sense_are_refused(
     measured: Callable[..., FakeProcesses], baseline: Path, arguments: dict[str, Any]

@@ -11,8 +11,9 @@ import pytest
 from budget_figures import ENVIRONMENT
 
 import exitcompiler
+from exitcompiler.budgets import environment
 from exitcompiler.budgets.environment import differences, environment_of, version_changes
-from exitcompiler.machine import processor_name
+from exitcompiler.machine import processor_identity
 from exitcompiler.runtime.backends import default_threads
 
 
@@ -24,7 +25,7 @@ def running_on(**backend: Any) -> Any:
 def test_the_environment_is_that_of_this_process() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     found = environment_of(running_on(threads=3, precision="fp16"))
-    assert (found.cpu, found.cores) == (processor_name(), default_threads())
+    assert (found.cpu, found.cores) == (processor_identity(), default_threads())
     assert (found.backend, found.threads, found.precision) == ("onnxruntime", 3, "fp16")
     assert found.system == f"{platform.system()}-{platform.machine()}"
     assert found.versions["python"] == platform.python_version()
@@ -34,11 +35,21 @@ def test_the_environment_is_that_of_this_process() -> None:
     assert differences(found, found) == version_changes(found, found) == ()
 
 
-def test_on_a_gpu_it_is_the_gpu_that_counts() -> None:
-    driver = SimpleNamespace(name="A GPU")
-    found = environment_of(running_on(name="cuda", on_device=True, driver=driver))
-    assert found.cpu == "A GPU"
+def test_on_a_gpu_the_processor_that_launches_it_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = running_on(name="cuda", on_device=True, driver=SimpleNamespace(name="A GPU"))
+    monkeypatch.setattr(environment, "processor_identity", lambda: "a processor")
+    found = environment_of(running)
+    assert found.cpu == "A GPU + a processor"
     assert "torch" in found.versions
+    monkeypatch.setattr(environment, "processor_identity", lambda: "")
+    assert environment_of(running).cpu == ""
+
+
+def test_an_unknown_processor_equals_none() -> None:
+    unknown = replace(ENVIRONMENT, cpu="")
+    (reason,) = differences(unknown, unknown)
+    assert reason.startswith("the processor is unknown, and was unknown when")
+    assert differences(ENVIRONMENT, unknown) != ()
 
 
 @pytest.mark.parametrize(

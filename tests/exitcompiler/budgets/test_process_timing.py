@@ -12,6 +12,7 @@ from exitcompiler.budgets import process_timing
 from exitcompiler.budgets.block_times import time_blocks
 from exitcompiler.budgets.jobs import Job, Order, Rows
 from exitcompiler.budgets.process_timing import Latencies, measure_process
+from exitcompiler.budgets.undisturbed import Timed
 from exitcompiler.controlflow import (
     BlockInterface,
     ControlFlow,
@@ -21,6 +22,7 @@ from exitcompiler.controlflow import (
     engine_signature,
     successors,
 )
+from exitcompiler.errors import InputError, MeasurementError
 from exitcompiler.runtime.loading import open_artifact
 
 pytest.importorskip("onnxruntime")
@@ -64,6 +66,67 @@ def test_memory_is_taken_before_the_other_one_is_made(
     assert found.first == first
     assert [set(names) for names in seen] == [{"point1" if first == "plain" else "point0"}]
     assert set(made) == {"point0", "point1"}
+
+
+def test_sessions_share_threads_as_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    from exitcompiler.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+    events: list[Any] = []
+    make = OnnxRuntimeBackend.__init__
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> None:
+        events.append("a backend is made")
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "__init__", spy)
+    monkeypatch.setattr("exitcompiler.runtime.backends.share_threads", lambda *given: events.append(given))
+    artifact = artifact_of(chain(), plain())
+    open_artifact(artifact).save(tmp_path / "program.exit")
+    x = random_rows(20)
+    exit_index = open_artifact(artifact).run(x).exit_index
+    counts = np.bincount(exit_index, minlength=3).tolist()
+    job = Job(str(tmp_path / "program.exit"), "onnxruntime", threads=2, seconds=0.01)
+    events.clear()
+    exits = dict(zip(("exit1", "exit2", "backbone"), counts, strict=True))
+    measure_process(Order(job, 0, exits, None, "unused"), Rows((x,), None, exit_index))
+    assert events[0] == ("onnxruntime", 2)
+    assert "a backend is made" in events[1:]
+
+
+def test_a_batch_that_is_too_large_is_named() -> None:
+    def answer(batch: Any) -> None:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 32768000000")
+
+    program: Any = answer
+    with pytest.raises(MeasurementError, match=r"a batch of 1000000 rows .*Failed to allocate") as raised:
+        process_timing._answer_batch(program, None, 1_000_000)
+    assert raised.value.where == "throughput.1000000"
+
+    def refuse(batch: Any) -> None:
+        raise InputError("the rows do not fit")
+
+    program = refuse
+    with pytest.raises(InputError, match="do not fit"):
+        process_timing._answer_batch(program, None, 8)
+
+
+def test_a_stall_of_one_batch_is_not_the_throughput(monkeypatch: pytest.MonkeyPatch) -> None:
+    times_us = {"program": [900.0, 1000.0, 1100.0, 1000.0, 9e6], "plain": [2000.0] * 5}
+
+    def measure(candidates: Any, inputs: Any, *, minimum: int, **_: Any) -> dict[str, Timed]:
+        assert minimum == 5
+        assert len(inputs) >= minimum
+        return {name: Timed(np.array(times_us[name]), np.arange(5)) for name in candidates}
+
+    monkeypatch.setattr(process_timing, "measure_undisturbed", measure)
+    rows = Rows((random_rows(20),), None, np.zeros(20, np.int32))
+    program: Any = None
+    rates = process_timing._throughput(
+        program, program, rows, np.full(20, 0.05), 8, 0.1, np.random.default_rng(0)
+    )
+    assert rates == pytest.approx((8e6 / (3100.0 / 3), 4000.0))
 
 
 def passing_on() -> Any:

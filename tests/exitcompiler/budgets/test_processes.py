@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,6 +200,71 @@ def test_an_interrupt_ends_the_process_too(
     assert _is_gone(int(pid.read_text(encoding="ascii")))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+@pytest.mark.parametrize(("how", "group"), [("SIGTERM", False), ("SIGTERM", True), ("SIGKILL", False)])
+def test_nothing_is_left_of_a_check_that_is_killed(job: Job, tmp_path: Path, how: str, group: bool) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys; from pathlib import Path\n"
+        "from exitcompiler.budgets.worker import end_with_parent\n"
+        f"end_with_parent(Path(sys.argv[1]).parent)\n{_sleeping(tmp_path / 'pid')}",
+        encoding="utf-8",
+    )
+    script = f"""
+        import numpy as np
+        from exitcompiler.budgets import processes
+        from exitcompiler.budgets.answering import gather_rows
+        from exitcompiler.budgets.figures import Answered
+
+        processes._WORKER = ({str(worker)!r},)
+        pool = gather_rows(np.ones((4, 3), np.float32))
+        answered = Answered(4, "", {{"backbone": 4}}, 0)
+        job = processes.Job({str(job.artifact)!r})
+        with processes.Processes(job, pool, np.zeros(4, np.int32), answered) as opened:
+            opened.run(0)
+    """
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    check = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, start_new_session=True
+    )
+    _wait_until((tmp_path / "pid").exists)
+    assert len(list(tmp_path.glob("exitcompiler-check-*"))) == 1
+    (os.killpg if group else os.kill)(check.pid, signal.Signals[how])
+    assert check.wait(timeout=60) == -signal.Signals[how]
+    pid = int((tmp_path / "pid").read_text(encoding="ascii"))
+    _wait_until(lambda: _is_gone(pid))
+    assert list(tmp_path.glob("exitcompiler-check-*")) == []
+
+
+def test_no_folder_but_a_temporary_one_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from exitcompiler.budgets.worker import end_with_parent\n"
+        f"end_with_parent(Path({str(tmp_path)!r})); time.sleep(600)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, timeout=60)
+    assert ended.returncode == 1
+    assert tmp_path.is_dir()
+
+
+def test_without_a_temporary_folder_the_error_says_what_to_do(
+    job: Job, answers: tuple[Answered, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    with pytest.raises(InputError, match="cannot be written: No space") as raised, running(job, answers):
+        pass
+    assert "TMPDIR" in str(raised.value.remedy)
+
+
+def test_processes_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG", "COV_CORE_SOURCE", "COVERAGES"):
+        monkeypatch.setenv(name, "x")
+    assert [name for name in processes._environment() if name.startswith("COV")] == ["COVERAGES"]
+
+
 def test_without_an_executable_there_is_no_fresh_process(
     job: Job, answers: tuple[Answered, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,10 +286,11 @@ def test_an_installed_package_is_found_without_a_path(monkeypatch: pytest.Monkey
     assert processes._environment() == dict(os.environ)
 
 
-def test_larger_jobs_may_take_longer(job: Job) -> None:
+def test_larger_jobs_may_take_longer() -> None:
+    job = Job("program.exit", batch_sizes=(1, 10), seconds=0.02)
     assert timeout_s(job, 3) < timeout_s(replace(job, seconds=10.0), 3)
     assert timeout_s(job, 3) < timeout_s(job, 9)
-    assert timeout_s(job, 3) < timeout_s(replace(job, batch_sizes=(1, 200)), 3)
+    assert timeout_s(job, 3) < timeout_s(replace(job, batch_sizes=(1, 20)), 3)
 
 
 def _sleeping(pid: Path) -> str:
@@ -232,9 +302,21 @@ def _sleeping(pid: Path) -> str:
     )
 
 
+def _wait_until(done: Callable[[], bool]) -> None:
+    """However long it takes, up to a minute."""
+    for _ in range(6000):
+        if done():
+            return
+        time.sleep(0.01)
+    pytest.fail("it did not come about within a minute")
+
+
 def _is_gone(pid: int) -> bool:
+    """Whether it has ended; where nobody asks for its exit code, Linux keeps its name."""
     try:
         os.kill(pid, 0)
+        return ") Z" in Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except ProcessLookupError:
         return True
-    return False
+    except FileNotFoundError:  # another system, or this very moment
+        return False

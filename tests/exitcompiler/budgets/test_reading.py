@@ -205,6 +205,26 @@ def test_limits_that_only_seem_to(path: Path, text: str) -> None:
     assert read(path, text).limits
 
 
+@pytest.mark.parametrize(
+    ("text", "quotes"),
+    [
+        ("[latency.mean]\nmax = 2 ms", True),
+        ("[latency.mean]\nmax = ms", True),
+        ("[latency.mean]\nmax_ratio = 1\nmax_ratio = 2", False),
+        ("[accuracy]\nmax_drop = '1 %'\n[accuracy]", False),
+    ],
+)
+def test_quotes_are_advised_where_they_help(path: Path, text: str, quotes: bool) -> None:
+    with pytest.raises(BudgetError, match="is not TOML") as raised:
+        read(path, text)
+    assert ("quotes" in (raised.value.remedy or "")) is quotes
+
+
+def test_a_mark_of_the_byte_order_makes_no_difference(path: Path) -> None:
+    path.write_bytes(b"\xef\xbb\xbf[latency.mean]\nmax_ratio = 0.7\n")
+    assert [limit.key for limit in read_budget(path).limits] == ["latency.mean.max_ratio"]
+
+
 def test_files_that_cannot_be_read(path: Path) -> None:
     with pytest.raises(BudgetError, match="No such file") as raised:
         read_budget(path)

@@ -13,11 +13,11 @@ from sample_check import failing_check, inconclusive_check, outcome_of, passing_
 
 from exitcompiler.budgets.limits import Metric
 from exitcompiler.budgets.outcomes import BlockChange
+from exitcompiler.budgets.quantities import format_factor
 from exitcompiler.budgets.report import (
     by_growth,
     closing_line,
     format_change,
-    format_factor,
     format_found,
     remarks,
     report_lines,
@@ -35,12 +35,23 @@ from exitcompiler.statistics import Interval
         (outcome_of("latency", "p50", "max_increase", "5 %", (0.2, 0.1, 0.3)), "+20.0 % (+10.0 to +30.0)"),
         (outcome_of("accuracy", "drop", "max", "1 point", (0.004,) * 3), "0.40 points"),
         (outcome_of("latency", "p95", "max_slowdown", "30 %", None), "-"),
-        (outcome_of("latency", "mean", "max", "2 ms", (1.312, 0.0, math.inf)), "1.31 ms (0.00 us to ?)"),
+        (outcome_of("latency", "mean", "max", "2 ms", (1.312, 0.0, math.inf)), "1.31 ms (? to ?)"),
+        (outcome_of("latency", "p50", "max_increase", "5 %", (0.2, -1.0, math.inf)), "+20.0 % (? to ?)"),
+        (outcome_of("throughput", "32", "max_decrease", "5 %", (0.2, -math.inf, 1.0)), "20.0 % (? to ?)"),
+        (outcome_of("accuracy", "disagreement", "max", "5 %", (0.01, 0.0, 0.5)), "1.00 % (0.00 to 50.0)"),
         (outcome_of("load", "time", "max_ratio", "2", (math.nan, -math.inf, math.inf)), "? (? to ?)"),
     ],
 )
 def test_what_was_found_has_its_interval_and_one_unit_where_it_can(outcome: Any, text: str) -> None:
     assert format_found(outcome) == text
+
+
+def test_rounding_does_not_hide_that_a_limit_is_broken() -> None:
+    outcome = outcome_of("artifact", "size", "max", "22.4 MB", (22_400_100.0,) * 3, "FAIL")
+    outcome = replace(outcome, limit=replace(outcome.limit, value=22.4e6))
+    assert format_found(outcome) == "22.4 MB, 0.0004 % above"
+    assert format_found(replace(outcome, verdict="PASS")) == "22.4 MB"
+    assert format_found(replace(outcome, found=Interval(23e6, 23e6, 23e6))) == "23.0 MB"
 
 
 def test_a_change_is_shown_in_the_unit_of_the_metric_itself() -> None:
@@ -56,7 +67,9 @@ def test_a_change_is_shown_in_the_unit_of_the_metric_itself() -> None:
 def test_factors() -> None:
     assert format_factor(Interval(1.213, 1.182, 1.246)) == "1.21x (1.18 to 1.25)"
     assert format_factor(Interval(1.011, 1.011, 1.011)) == "1.01x"
+    assert format_factor(Interval(1.011, 1.0109, 1.0111)) == "1.01x"
     assert format_factor(Interval(1.011, -math.inf, math.inf)) == "1.01x (? to ?)"
+    assert format_factor(Interval(1.011, 0.0, math.inf)) == "1.01x (? to ?)"
 
 
 def test_blocks_that_got_slowest_come_first() -> None:
@@ -93,15 +106,46 @@ def test_lines_say_each_verdict_why_and_what_it_rests_on() -> None:
 
 def test_remarks_say_what_would_tell() -> None:
     assert remarks(passing_check()) == []
-    (needs_time,) = remarks(inconclusive_check())
-    assert needs_time.startswith("latency:")
-    assert "--max-seconds" in needs_time
+    (too_few,) = remarks(inconclusive_check())
+    assert too_few.startswith("latency.mean.max_ratio: these are too few processes")
     needs_rows = remarks(failing_check())[-1]
-    assert needs_rows.startswith("exit_rates:")
+    assert needs_rows.startswith("exit_rates.tolerance: ")
     assert "rows" in needs_rows
     assert remarks(replace(passing_check(), baseline_written="b.json")) == [
         "the baseline was written to b.json"
     ]
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "remedy"),
+    [
+        (40, 6, "mostly since the baseline is unsure: write it anew, with --update-baseline"),
+        (6, 40, "measure longer (--max-seconds), or where less else runs, or give"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("family", "name", "kind"),
+    [
+        ("latency", "mean", "max_increase"), ("latency", "mean", "max_slowdown"),
+        ("throughput", "32", "max_decrease"), ("load", "time", "max_increase"),
+    ],
+)  # fmt: skip
+def test_where_the_baseline_is_unsure_a_better_one_would_tell(
+    now: int, before: int, remedy: str, family: Any, name: str, kind: Any
+) -> None:
+    ends = (0.1, 0.05, 0.15)
+    about_change = outcome_of(family, name, kind, "10 %", ends, "INCONCLUSIVE")
+    ratio = outcome_of("latency", "mean", "max_ratio", "0.6", (0.6, 0.5, 0.7), "INCONCLUSIVE")
+    report = replace(
+        passing_check(),
+        outcomes=(about_change, ratio),
+        measurement=measurement(noise=0.05, processes=now, seed=1),
+        baseline=measurement(noise=0.05, processes=before, seed=2),
+    )
+    told = {key: text for key, _, text in (note.partition(": ") for note in remarks(report))}
+    keys = [key for key, text in told.items() if remedy in text]
+    assert any(about_change.limit.key in key for key in keys)
+    assert any("measure longer" in text for key, text in told.items() if ratio.limit.key in key)
 
 
 def test_json_holds_everything() -> None:

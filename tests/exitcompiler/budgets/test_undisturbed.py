@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from exitcompiler.budgets.undisturbed import measure_undisturbed
+from exitcompiler.budgets.undisturbed import Timed, measure_undisturbed
 from exitcompiler.runtime.timing import OwnClock
 
 
@@ -68,6 +68,17 @@ def test_all_calls_of_all_are_kept_where_one_kind_was_nearly_always_interrupted(
         np.testing.assert_array_equal(calls.inputs, np.arange(8) % 4)
     assert timed["calm"].mean_us == 5.0 + 250.0
     assert timed["hit"].mean_us == 7.0 + 250.0
+
+
+def test_the_middle_half_knows_nothing_of_stalls() -> None:
+    def midmean(*times_us: float) -> float:
+        return Timed(np.array(times_us), np.arange(len(times_us))).midmean_us
+
+    assert midmean(4.0) == 4.0
+    assert midmean(1.0, 2.0, 6.0) == 3.0
+    assert midmean(9e9, 3.0, 1.0, 5.0, 4.0) == 4.0
+    assert midmean(*range(8)) == 3.5
+    assert midmean(*range(7), 9e9) == 3.5
 
 
 def test_by_itself_it_asks_the_system() -> None:
