@@ -46,6 +46,7 @@ __all__ = [
     "rows_like_images",
     "settle",
     "thresholds",
+    "untrained_head",
 ]
 
 SHARES: Final = (0.5, 0.25)
@@ -176,7 +177,9 @@ def build_workload(
     cuts = choose_cuts(find_cut_points(whole), places)
     torch.manual_seed(seed)
     features = _cut_values(split_block(whole, cuts), [cut.value for cut in cuts], x)
-    heads = [_head(cut, feature, classes) for cut, feature in zip(cuts, features, strict=True)]
+    heads = [
+        (untrained_head(cut, feature, classes), cut) for cut, feature in zip(cuts, features, strict=True)
+    ]
     scores = np.stack(
         [
             head.body(feature)[1][:, 0].numpy()  # the highest probability
@@ -261,14 +264,20 @@ def settle(network: nn.Module, x: Tensor) -> None:
     network.eval()
 
 
-def _head(cut: CutPoint, feature: Tensor, classes: int) -> tuple[ExitHead, CutPoint]:
-    """An untrained linear head whose logits are spread as those of a trained one are."""
+def untrained_head(cut: CutPoint, feature: Tensor, classes: int) -> ExitHead:
+    """An untrained linear head whose logits are spread as those of a trained one are.
+
+    Args:
+        cut: Where it stands.
+        feature: The value there, for some rows.
+        classes: How many.
+    """
     head = LinearHead(cut.spec, classes)
     settle(head, feature)
-    scale = _SPREAD * math.log(classes) / float(head(feature).std())
+    scale = _SPREAD * math.log(classes) / max(float(head(feature).std()), 1e-6)
     head.linear.weight.mul_(scale)
     head.linear.bias.mul_(scale)
-    return lower_head((cut.name, LINEAR), head, cut.value, cut.spec, classes), cut
+    return lower_head((cut.name, LINEAR), head, cut.value, cut.spec, classes)
 
 
 def _cut_values(chain: Program, names: Sequence[str], x: Tensor, rows: int = 32) -> list[Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from exitcompiler.controlflow import Branch, LinearGate, Return, ValueSpec
-from exitcompiler.naming import head_exit, value_name
+from exitcompiler.cut_points import CutPoint
+from exitcompiler.naming import BACKBONE, head_exit, value_name
 from exitcompiler.passes.cast_precision import cast_head, cast_precision
 from exitcompiler.passes.eliminate_dead_code import EliminateDeadCode
 from exitcompiler.passes.insert_exits import InsertExits
@@ -15,12 +16,13 @@ from exitcompiler.passes.pipeline import Observer, Pipeline
 from exitcompiler.passes.prune_constant_gates import PruneConstantGates
 from exitcompiler.passes.select_ways import SelectWays
 from exitcompiler.passes.set_gates import BranchSetting, SetGates
+from exitcompiler.passes.split_block import split_block
 from exitcompiler.policies import Leave, LinearRule, Policy, gate_of
 from exitcompiler.program import Block, ExitHead, Program
 from exitcompiler.scores import FEATURES, HeadKey
 from exitcompiler.topology import Topology
 
-__all__ = ["Candidates", "build_program", "cast_candidates"]
+__all__ = ["Candidates", "build_program", "cast_candidates", "chain_candidates"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,22 @@ class Candidates:
             terminator=Branch(gate, ways),
             body=head.body,
         )
+
+
+def chain_candidates(
+    program: Program, cuts: Sequence[CutPoint], heads: Mapping[HeadKey, ExitHead]
+) -> Candidates:
+    """One network cut in a chain, and heads at the cuts.
+
+    Args:
+        program: The captured network, one block.
+        cuts: Of this program, in order, with different names; at least one.
+        heads: (cut, kind) -> head.
+    """
+    chain = split_block(program, cuts)
+    made_by = {value: block.name for block in chain.blocks for value in block.results}
+    blocks = {cut.name: made_by[cut.value] for cut in cuts} | {BACKBONE: chain.blocks[-1].name}
+    return Candidates(chain, Topology.chain([cut.name for cut in cuts]), blocks, heads)
 
 
 def cast_candidates(candidates: Candidates, precision: str) -> Candidates:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,9 +22,10 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from exitcompiler.blame import find_failing_node, find_random_module, find_row_mixing, node_place
 from exitcompiler.controlflow import RESERVED, OutputStructure
 from exitcompiler.errors import InputError, UnsupportedModelError
-from exitcompiler.export import MAX_BATCH, abbreviated, export_with_batch, functional_graph, module_path
+from exitcompiler.export import MAX_BATCH, abbreviated, export_with_batch, functional_graph
 from exitcompiler.fx_utils import extract_body, is_batch_size, node_spec, nodes_by_name
 from exitcompiler.model_interface import (
     Example,
@@ -218,12 +219,14 @@ def _check_repeatable(module: nn.Module, run: _RowFunction, rows: Mapping[str, T
     if changed:
         raise UnsupportedModelError(
             f"the model changes its own state {abbreviated(changed)} when it runs",
+            where=type(module).__name__,
             remedy="an answer must not depend on earlier calls: remove the update from forward()",
         )
     pairs = zip(pytree.tree_leaves(first), pytree.tree_leaves(second), strict=True)
     if any(isinstance(a, Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
         raise UnsupportedModelError(
             "the model is random: two runs on the same input differ",
+            where=find_random_module(module, lambda: run(rows)),
             remedy="dropout that ignores eval() (training=True) or noise in forward() has to go",
         )
     return first
@@ -275,7 +278,11 @@ def _one_block(graph: fx.GraphModule, leaf: int, key: str) -> Program:
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     logits = pytree.tree_leaves(graph.graph.output_node().args[0])[leaf]
     if not isinstance(logits, fx.Node) or logits.op == "placeholder":
-        raise UnsupportedModelError("the logits do not depend on the input")
+        raise UnsupportedModelError(
+            "the logits do not depend on the input",
+            where=f"output {key!r}",
+            remedy="choose another output with logits=",
+        )
     # FX keeps the parameter's name in `target` and renames the node where it shadows a builtin.
     inputs = {node.name: str(node.target) for node in placeholders}
     taken = RESERVED | set(inputs.values())
@@ -316,7 +323,7 @@ def _check_symbols(body: fx.GraphModule) -> None:
         elif not symbols <= batch:
             raise UnsupportedModelError(
                 f"the shape of {node.name!r} depends on the values of the input",
-                where=module_path(node),
+                where=node_place(node),
                 remedy="select positions with a mask (torch.where) instead of indexing with nonzero()",
             )
 
@@ -334,7 +341,11 @@ def _check_program(
         with torch.no_grad():
             return block.run(values)[result]
 
-    check_row_independence(run, inputs)
+    def place(rows: Mapping[str, Tensor], batch: Sequence[int]) -> str | None:
+        node = find_failing_node(block.body, rows, batch) or find_row_mixing(block.body, rows, batch)
+        return None if node is None else node_place(node)
+
+    check_row_independence(run, inputs, place)
     rows = sample_rows(inputs)
     for batch in ((0,), (0, 1, 1)):
         sample = take_rows(rows, batch)
@@ -343,12 +354,14 @@ def _check_program(
         except (RuntimeError, ValueError) as error:
             raise UnsupportedModelError(
                 f"the model fails for a batch of {len(batch)}: {error}",
+                where="forward()",
                 remedy="it has to take any batch size: read it from the input (x.shape[0])",
             ) from error
         difference = float((run(sample) - expected).abs().max())
         if not difference <= tolerance(expected):
             raise UnsupportedModelError(
                 f"the captured graph differs from the model by {difference:.3g} in a batch of {len(batch)}",
+                where="forward()",
                 remedy="something in forward() depends on more than the values of its inputs "
                 "(the batch size, global state)",
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import networkx as nx
@@ -18,7 +18,6 @@ from exitcompiler.program import Program
 from exitcompiler.runtime.backends import Array
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.runtime.timing import measure_interleaved
-from exitcompiler.scores import FloatArray
 from exitcompiler.statistics import (
     clopper_pearson_upper,
     mean_difference_interval,
@@ -30,10 +29,12 @@ from exitcompiler.views import block_graph
 __all__ = [
     "TOLERANCE",
     "Certified",
+    "ForcedDifference",
     "answers_of",
     "certify",
     "check_one_file",
     "check_parity",
+    "forced_differences",
     "measure_speedup",
     "run_to_exit",
 ]
@@ -73,22 +74,56 @@ def check_parity(
     Raises:
         LoweringError: A difference is above the tolerance; names the exit and the way.
     """
+    tolerance = _tolerance(compiled, precision)
+    worst = 0.0
+    for found in forced_differences(compiled, program, rows, count=count):
+        where = f"exit {found.exit!r} by {' > '.join(found.route)} on {compiled.backend.name} {precision}"
+        worst = max(worst, _tolerated(found.difference, found.largest, tolerance, where))
+    return worst
+
+
+@dataclass(frozen=True)
+class ForcedDifference:
+    """How far a lowered program's outputs lie from torch's where every row is sent to one exit.
+
+    Args:
+        exit: The exit's name.
+        route: The blocks that are passed.
+        rows: Of the batch.
+        difference: The largest, absolute; NaN where an output is.
+        largest: The largest output of torch, absolute.
+    """
+
+    exit: str
+    route: tuple[str, ...]
+    rows: int
+    difference: float
+    largest: float
+
+
+def forced_differences(
+    compiled: CompiledModel, program: Program, rows: Rows, *, count: int = PARITY_ROWS
+) -> Iterator[ForcedDifference]:
+    """Send rows to each exit in turn, by every way that leads there, in one batch and one row alone.
+
+    Args:
+        compiled: The lowered program.
+        program: The same with its bodies.
+        rows: Real rows.
+        count: How many rows the batch has.
+    """
     part = rows.take(slice(0, count))
     arrays = _arrays(part.inputs)
-    worst = 0.0
+    alone = {name: array[:1] for name, array in arrays.items()}
     for exit_name, route in _routes(program):
         expected = run_to_exit(program, exit_name, part.inputs, route).numpy()
         forced = compiled.forced(exit_name, route)
-        together = logits_of(forced(arrays))
-        alone = logits_of(forced({name: array[:1] for name, array in arrays.items()}))
-        where = f"exit {exit_name!r} by {' > '.join(route)} on {compiled.backend.name} {precision}"
-        tolerance = _tolerance(compiled, precision)
-        worst = max(
-            worst,
-            _difference(together, expected, tolerance, where),
-            _difference(alone, expected[:1], tolerance, where),
-        )
-    return worst
+        for batch in (arrays, alone):
+            found = logits_of(forced(batch))
+            wanted = expected[: len(found)]
+            difference = float(np.abs(found - wanted).max())
+            largest = float(np.abs(wanted).max())
+            yield ForcedDifference(exit_name, tuple(route), len(found), difference, largest)
 
 
 def check_one_file(single: CompiledModel, blocks: CompiledModel, rows: Rows, precision: str) -> None:
@@ -112,7 +147,9 @@ def check_one_file(single: CompiledModel, blocks: CompiledModel, rows: Rows, pre
         if int(one.exit_index[0]) != int(other.exit_index[0]):
             moved += 1
             continue
-        _difference(logits_of(one.outputs), logits_of(other.outputs), TOLERANCE[precision], where)
+        found, expected = logits_of(one.outputs), logits_of(other.outputs)
+        difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+        _tolerated(difference, largest, TOLERANCE[precision], where)
     if moved > min(len(rows), PARITY_ROWS) * 0.1:
         raise LoweringError(
             f"{moved} of {PARITY_ROWS} rows take another exit than block by block",
@@ -125,9 +162,9 @@ def _tolerance(compiled: CompiledModel, precision: str) -> float:
     return TOLERANCE["tf32" if compiled.backend.on_device and precision == "fp32" else precision]
 
 
-def _difference(found: FloatArray, expected: FloatArray, tolerance: float, where: str) -> float:
-    scale = max(1.0, float(np.abs(expected).max()))
-    difference = float(np.abs(found - expected).max())
+def _tolerated(difference: float, largest: float, tolerance: float, where: str) -> float:
+    """The difference relative to the largest output where that is above 1, if it is tolerated."""
+    scale = max(1.0, largest)
     tolerated = tolerance * scale
     if not difference <= tolerated:
         raise LoweringError(

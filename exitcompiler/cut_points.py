@@ -62,16 +62,21 @@ class Candidate:
     flops: int
 
 
-def find_candidates(body: fx.GraphModule) -> tuple[Candidate, ...]:
+def find_candidates(body: fx.GraphModule, *, beside: int | None = None) -> tuple[Candidate, ...]:
     """All legal cuts of a body with one result, in the order of its data flow.
 
     Every param is tried as the main input; the one with most cuts wins, then the one whose cuts come
     earliest.
+
+    Args:
+        body: What to cut.
+        beside: How many values may be live beside the one cut through, for networks of several streams that
+            meet again and again; None: only where all that goes on from the main input is one value.
     """
     best: tuple[Candidate, ...] = ()
     flow = _TensorFlow(body)
     for source in flow.params:
-        found = tuple(flow.candidates(source))
+        found = tuple(flow.candidates(source, beside))
         if not best or (found and (-len(found), found[0].flops) < (-len(best), best[0].flops)):
             best = found
     return best
@@ -101,16 +106,17 @@ class _TensorFlow:
         self._flops = {node: node_flops(node) for node in self._order}
         self._total = sum(self._flops[node] for node in self._needed([self._result]))
 
-    def candidates(self, source: fx.Node) -> Iterable[Candidate]:
+    def candidates(self, source: fx.Node, beside: int | None) -> Iterable[Candidate]:
         """Legal cuts on the way from ``source`` to the result."""
-        for node in self._bottlenecks(source):
+        if beside is None:
+            cuts = ((node, self._sides(node)) for node in self._bottlenecks(source))
+        else:
+            cuts = ((node, self._live_beside(node, beside)) for node in self._path(source))
+        for node, sides in cuts:
             spec = node_spec(node)
             if node is self._result or node.op == "placeholder" or spec is None or spec.batch_axis != 0:
                 continue
-            if not torch_dtype(spec).is_floating_point or len(spec.shape) < 2:
-                continue
-            sides = self._sides(node)
-            if sides is None:
+            if not torch_dtype(spec).is_floating_point or len(spec.shape) < 2 or sides is None:
                 continue
             before = self._needed([node, *sides])
             flops = sum(self._flops[n] for n in before)
@@ -133,8 +139,7 @@ class _TensorFlow:
         In a topological order of the nodes that lie on some path, these are the ones that no edge
         passes over.
         """
-        below = self._reached(source)
-        path = sorted(self._upstream([self._result]) & below, key=self._order.__getitem__)
+        path = self._path(source)
         position = {node: i for i, node in enumerate(path)}
         found, furthest = [], 0
         for i, node in enumerate(path):
@@ -142,6 +147,10 @@ class _TensorFlow:
                 found.append(node)
             furthest = max([furthest, *(position[user] for user in node.users if user in position)])
         return found
+
+    def _path(self, source: fx.Node) -> list[fx.Node]:
+        """Nodes on some path from ``source`` to the result, in order."""
+        return sorted(self._upstream([self._result]) & self._reached(source), key=self._order.__getitem__)
 
     def _sides(self, cut: fx.Node) -> list[fx.Node] | None:
         """What else has to cross at a cut; None where that is impossible.
@@ -162,6 +171,25 @@ class _TensorFlow:
         if cheap and (not legal or self._bytes(params) <= self._bytes(frontier)):
             return params
         return frontier if legal else None
+
+    def _live_beside(self, cut: fx.Node, most: int) -> list[fx.Node] | None:
+        """What is needed later of all that is computed until ``cut``; None where that is too much or illegal.
+
+        The order is that in which the network computes, so cuts that follow one another lie inside one
+        another, whichever stream they are in.
+        """
+        here = self._order[cut]
+        live = [
+            node
+            for node in sorted(self._upstream([self._result]), key=self._order.__getitem__)
+            if self._order[node] <= here
+            and any(self._order[user] > here and user in self._rows for user in node.users)
+        ]
+        sides = [node for node in live if node is not cut]
+        specs = [node_spec(node) for node in sides]
+        if len(sides) == len(live) or len(sides) > most:
+            return None
+        return sides if all(spec is not None and spec.batch_axis == 0 for spec in specs) else None
 
     @staticmethod
     def _bytes(nodes: Iterable[fx.Node]) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from exitcompiler.blame import node_place
 from exitcompiler.errors import UnsupportedModelError
 from exitcompiler.fx_utils import extract_body
+from exitcompiler.normal_form import normalise
 from exitcompiler.program import BATCH, ValueSpec, torch_dtype
+from exitcompiler.specialisation import find_specialisation
 
-__all__ = ["MAX_BATCH", "abbreviated", "export_with_batch", "functional_graph", "module_path", "trace_body"]
+__all__ = ["MAX_BATCH", "abbreviated", "export_with_batch", "functional_graph", "trace_body"]
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 65_536
 """The largest batch that a captured graph promises to take."""
-
-_aten = torch.ops.aten
-_FILLS: dict[object, int | None] = {
-    _aten.zeros_like.default: 0,
-    _aten.ones_like.default: 1,
-    _aten.full_like.default: None,
-    _aten.new_zeros.default: 0,
-    _aten.new_ones.default: 1,
-    _aten.new_full.default: None,
-}
-"""Operators that use a tensor's shape and dtype alone -> what they fill in (None: an argument)."""
 
 
 def export_with_batch(
@@ -54,11 +47,21 @@ def export_with_batch(
     names = _parameter_names(module, len(args))
     dims: dict[str, Any] = {name: {0: batch} for name in (*names, *kwargs)}
     shapes: Any = dims if args == () or names else tuple({0: batch} for _ in args)
-    try:
+
+    def export(*, strict: bool = False) -> ExportedProgram:
         with torch.no_grad(), _quiet():
-            return torch.export.export(module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(
+                module, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict
+            )
+
+    try:
+        return export()
     except Exception as error:
-        raise _explain(error, module) from error
+        if _fixes_batch(error):
+            # Python code may have done it, as len(x) does: the compiler of Python code in torch sees through.
+            with contextlib.suppress(Exception):
+                return export(strict=True)
+        raise _explain(error, module, export) from error
 
 
 def functional_graph(exported: ExportedProgram) -> fx.GraphModule:
@@ -83,10 +86,10 @@ def functional_graph(exported: ExportedProgram) -> fx.GraphModule:
         if node.target in (torch.ops.higher_order.cond, torch.ops.higher_order.while_loop):
             raise UnsupportedModelError(
                 f"{node.target} takes one way for the whole batch",
-                where=module_path(node),
+                where=node_place(node),
                 remedy="compute both ways and choose per row with torch.where",
             )
-    _detach_fills(graph)
+    normalise(graph)
     return graph
 
 
@@ -111,13 +114,6 @@ def trace_body(module: nn.Module, params: Mapping[str, ValueSpec], results: Sequ
     return extract_body(graph, placeholders, outputs, rename=rename)
 
 
-def module_path(node: fx.Node) -> str | None:
-    """The module that a node was captured in, as ``module 'layer1.0'``; None where that is unknown."""
-    stack = node.meta.get("nn_module_stack")
-    paths = [path for path, _ in stack.values() if path] if stack else []
-    return f"module {paths[-1]!r}" if paths else None
-
-
 def abbreviated(names: Sequence[str], shown: int = 3) -> str:
     """The first few of a list of names, and how many there are besides."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
@@ -137,52 +133,23 @@ def _parameter_names(module: nn.Module, count: int) -> tuple[str, ...]:
     return tuple(p.name for p in parameters[:count])
 
 
-def _detach_fills(graph: fx.GraphModule) -> None:
-    """Rewrite ``zeros_like(x)`` and its kin to ``full(sizes)``, so that they do not count as using ``x``."""
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function" or node.target not in _FILLS:
-            continue
-        value = node.meta["val"]
-        fill = _FILLS[node.target]
-        with graph.graph.inserting_before(node):
-            if "_like" in node.target.name():
-                sizes = [_size(graph, node.args[0], axis) for axis in range(value.ndim)]
-                fill = node.args[1] if fill is None else fill
-            else:
-                sizes = list(node.args[1])
-                fill = node.args[2] if fill is None else fill
-            options = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
-            full = graph.graph.call_function(_aten.full.default, (sizes, fill), options)
-        full.meta = dict(node.meta)
-        node.replace_all_uses_with(full)
-        graph.graph.erase_node(node)
-    graph.graph.lint()
-
-
-def _size(graph: fx.GraphModule, source: fx.Node, axis: int) -> int | fx.Node:
-    size = source.meta["val"].shape[axis]
-    if isinstance(size, int):
-        return size
-    node = graph.graph.call_function(_aten.sym_size.int, (source, axis))
-    node.meta["val"] = size
-    return node
-
-
-def _explain(error: Exception, module: nn.Module) -> UnsupportedModelError:
+def _explain(
+    error: Exception, module: nn.Module, export: Callable[[], ExportedProgram]
+) -> UnsupportedModelError:
     """Turn what torch.export raises into what the model does and what to do about it."""
     text = f"{type(error).__name__} {error}"
-    where = _place(error, module)
+    where = _place(_frames(error), module)
     if any(sign in text for sign in ("DataDependent", "data-dependent", "Could not guard", "unbacked")):
         return UnsupportedModelError(
             "the model's control flow or a shape depends on the values of its input",
             where=where,
             remedy="rows of one batch would need different ways: choose per row with torch.where or a mask",
         )
-    if "Constraints violated" in text or "specialized" in text:
+    if _fixes_batch(error):
         return UnsupportedModelError(
             "the model's code fixes the batch size",
-            where=where,
-            remedy="read the batch size from the input: x.view(x.shape[0], -1) instead of a number",
+            where=_place(find_specialisation(export), module),
+            remedy="read the batch size as x.shape[0]: a number, or a loop over the rows, fixes it",
         )
     if "assigned during export" in text:
         return UnsupportedModelError(
@@ -197,16 +164,20 @@ def _explain(error: Exception, module: nn.Module) -> UnsupportedModelError:
     )
 
 
+def _fixes_batch(error: Exception) -> bool:
+    return any(sign in f"{type(error).__name__} {error}" for sign in ("Constraints violated", "specialized"))
+
+
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else "no message"
 
 
-def _place(error: BaseException, module: nn.Module) -> str | None:
-    """The innermost submodule, and the line of its code, in which an error arose."""
+def _place(frames: Iterable[tuple[Any, int]], module: nn.Module) -> str:
+    """The innermost submodule among frames, and the line of its code; else the model's class."""
     paths = {id(child): path for path, child in module.named_modules()}
-    place = None
-    for frame, line in _frames(error):
+    place = type(module).__name__
+    for frame, line in frames:
         owner = frame.f_locals.get("self")
         path = paths.get(id(owner))
         if path is None or frame.f_code.co_name != "forward" or not isinstance(owner, nn.Module):

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from exitcompiler.candidates import Candidates
+from exitcompiler.candidates import Candidates, chain_candidates
 from exitcompiler.controlflow import Return, ValueSpec
 from exitcompiler.cut_points import CutPoint
 from exitcompiler.data import Extent, Rows, TrainingData
 from exitcompiler.engines import Engines
 from exitcompiler.flops import count_flops
 from exitcompiler.heads import LinearHead, deep_head, head_flops, lower_head
-from exitcompiler.naming import BACKBONE, DEEP, LINEAR
+from exitcompiler.naming import DEEP, LINEAR
 from exitcompiler.passes.find_cut_points import find_cut_points
 from exitcompiler.passes.split_block import split_block
 from exitcompiler.placement import PROBE_ROWS, Place, choose_places, probe
@@ -26,10 +26,9 @@ from exitcompiler.program import Program
 from exitcompiler.progress import Reporter
 from exitcompiler.scores import HeadKey
 from exitcompiler.settings import Settings
-from exitcompiler.topology import Topology
 from exitcompiler.training import FeatureStream, train_heads
 
-__all__ = ["Fitted", "fit_exits"]
+__all__ = ["Fitted", "distinct_cuts", "fit_exits"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def fit_exits(
         CalibrationError: The training data cannot be used.
         LoweringError: A block cannot be lowered.
     """
-    cuts = _distinct(find_cut_points(program))
+    cuts = distinct_cuts(find_cut_points(program))
     if not cuts:
         return Fitted(None, (), {}, 0)
     # A loader that shuffles draws from torch's global generator: seeded here, and left as it was found.
@@ -93,10 +92,7 @@ def fit_exits(
         key: lower_head(key, head, by_name[key[0]].value, by_name[key[0]].spec, classes)
         for key, head in heads.items()
     }
-    chain = split_block(program, chosen)
-    blocks = {**_blocks_of(chain, chosen), BACKBONE: chain.blocks[-1].name}
-    candidates = Candidates(chain, Topology.chain(by_name), blocks, lowered)
-    return Fitted(candidates, places, sizes, extent.rows)
+    return Fitted(chain_candidates(program, chosen, lowered), places, sizes, extent.rows)
 
 
 def _places(
@@ -163,13 +159,7 @@ def _classes(program: Program) -> int:
     return int(program.entry.values[_logits(program)].shape[1])
 
 
-def _blocks_of(chain: Program, cuts: Iterable[CutPoint]) -> dict[str, str]:
-    """Exit name -> name of the block that computes the value cut through."""
-    made_by = {value: block.name for block in chain.blocks for value in block.results}
-    return {cut.name: made_by[cut.value] for cut in cuts}
-
-
-def _distinct(cuts: Iterable[CutPoint]) -> list[CutPoint]:
+def distinct_cuts(cuts: Iterable[CutPoint]) -> list[CutPoint]:
     """Cuts by name; a name that comes twice is told apart by its value."""
     seen: set[str] = set()
     distinct = []

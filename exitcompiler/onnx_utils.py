@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from exitcompiler.controlflow import ValueSpec
+from exitcompiler.errors import LoweringError
 
 __all__ = [
     "IR_VERSION",
+    "MODEL_BYTES",
     "GraphIndex",
     "element_type",
+    "keep_constants",
     "make_model",
     "renamed_node",
+    "require_model_size",
     "round_weights",
     "value_info",
 ]
 
 IR_VERSION: Final = 10
 """The ONNX IR version that belongs to opset 20."""
+
+MODEL_BYTES: Final = (1 << 31) - (1 << 24)
+"""Weights of one model have to stay below this: protobuf knows no message of 2 GiB or more."""
 
 _OPSET: Final = 20
 _PRODUCTS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -53,6 +60,38 @@ def make_model(graph: onnx.GraphProto, opsets: dict[str, int]) -> onnx.ModelProt
     return helper.make_model(
         graph, opset_imports=imports, ir_version=IR_VERSION, producer_name="exitcompiler"
     )
+
+
+def require_model_size(size_bytes: int, where: str) -> None:
+    """Check that weights fit one model.
+
+    Raises:
+        LoweringError: They do not.
+    """
+    if size_bytes >= MODEL_BYTES:
+        raise LoweringError(
+            f"weights of {size_bytes / 1e9:.1f} GB do not fit an ONNX model, which holds less than 2.1",
+            where=where,
+            remedy="choose a smaller variant of the network: larger ones are not supported",
+        )
+
+
+def keep_constants(model: Any) -> None:
+    """Make initialisers of constants that are used but belong to nobody.
+
+    onnxscript 0.7 forgets some: where it joins two clips it names the bounds after the value clipped, and two
+    such pairs on one value push each other out.
+
+    Args:
+        model: An ``onnx_ir.Model``.
+    """
+    graph = model.graph
+    for node in list(graph.all_nodes()):
+        for value in node.inputs:
+            stray = value is not None and value.producer() is None and value.const_value is not None
+            if stray and graph.initializers.get(value.name) is not value and not value.is_graph_input():
+                value.name = f"{value.name}.kept.{len(graph.initializers)}"
+                graph.initializers[value.name] = value
 
 
 @dataclass(frozen=True)

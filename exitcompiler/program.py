@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -64,6 +65,15 @@ class Block(BlockInterface):
         """The results for given params (all rows of a batch at once)."""
         outputs = self.body(*(values[name] for name in self.params))
         return dict(zip(self.results, outputs, strict=True))
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Path of a parameter -> its size; tensors that share memory count once."""
+        sizes: dict[int, tuple[str, int]] = {}
+        for node in self.body.graph.find_nodes(op="get_attr"):
+            value = operator.attrgetter(node.target)(self.body)
+            if isinstance(value, torch.Tensor):
+                sizes.setdefault(value.data_ptr(), (node.target, value.numel() * value.itemsize))
+        return dict(sizes.values())
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,22 @@ _ROWS = 5
 
 
 def check_row_independence(
-    run: Callable[[Mapping[str, Tensor]], Tensor], example: Mapping[str, Tensor]
+    run: Callable[[Mapping[str, Tensor]], Tensor],
+    example: Mapping[str, Tensor],
+    place: Callable[[Mapping[str, Tensor], Sequence[int]], str | None] = lambda rows, batch: None,
 ) -> None:
     """Compare a row's answer alone with its answer among others, in other orders and batch sizes.
 
     Args:
         run: Inputs by name -> logits ``[batch, classes]``.
         example: At least one row per input; the rows that are missing are made from these.
+        place: Rows, and the indices of those that go wrong together -> where in the model that is.
 
     Raises:
         UnsupportedModelError: The answers differ, or the model fails at some batch size.
     """
     rows = differing_rows(example)
-    alone = [_run(run, rows, (i,)) for i in range(_ROWS)]
+    alone = [_run(run, rows, (i,), place) for i in range(_ROWS)]
     # A made-up row may lie outside the model's domain; it says nothing then.
     usable = [bool(answer.isfinite().all()) for answer in alone]
     if all(torch.equal(alone[0], answer) for answer in alone[1:]):
@@ -41,20 +44,26 @@ def check_row_independence(
     if not any(usable):
         raise UnsupportedModelError(
             "a row alone gets NaN or infinite logits, in a batch of two it does not",
+            where=place(rows, (0, 1)),
             remedy="remove what computes statistics over dim 0, the batch",
         )
     limit = tolerance(torch.cat([answer for answer, ok in zip(alone, usable, strict=True) if ok]))
     for batch in _BATCHES:
         if not all(usable[row] for row in batch):
             continue
-        answers = _run(run, rows, batch)
+        answers = _run(run, rows, batch, place)
         if answers.shape[0] != len(batch):
-            raise UnsupportedModelError(f"{len(batch)} rows give {answers.shape[0]} answers")
+            raise UnsupportedModelError(
+                f"{len(batch)} rows give {answers.shape[0]} answers",
+                where="the logits",
+                remedy="keep the rows along dim 0, one answer for each",
+            )
         difference = max(float((answers[i] - alone[row][0]).abs().max()) for i, row in enumerate(batch))
         if not difference <= limit:
             raise UnsupportedModelError(
                 "the rows of a batch influence each other: a row's logits change by "
                 f"{difference:.3g} in a batch of {len(batch)}",
+                where=place(rows, batch),
                 remedy="rows take different exits, so each must be answered by itself: remove what computes "
                 "over dim 0 (a mean or softmax over the batch, batch norm with batch statistics)",
             )
@@ -100,7 +109,10 @@ def take_rows(inputs: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Te
 
 
 def _run(
-    run: Callable[[Mapping[str, Tensor]], Tensor], rows: Mapping[str, Tensor], batch: Sequence[int]
+    run: Callable[[Mapping[str, Tensor]], Tensor],
+    rows: Mapping[str, Tensor],
+    batch: Sequence[int],
+    place: Callable[[Mapping[str, Tensor], Sequence[int]], str | None],
 ) -> Tensor:
     try:
         return run(take_rows(rows, batch))
@@ -108,5 +120,6 @@ def _run(
         message = str(error).strip().splitlines()
         raise UnsupportedModelError(
             f"the model fails for a batch of {len(batch)}: {message[0] if message else type(error).__name__}",
+            where=place(rows, batch),
             remedy="it has to take any batch size: read it from the input (x.shape[0]) instead of fixing it",
         ) from error

@@ -28,7 +28,7 @@ from exitcompiler.controlflow import (
 )
 from exitcompiler.errors import LoweringError
 from exitcompiler.onnx_branches import Arrival, Guard, Scope
-from exitcompiler.onnx_utils import make_model, renamed_node, value_info
+from exitcompiler.onnx_utils import make_model, renamed_node, require_model_size, value_info
 
 __all__ = ["EXIT_INDEX", "assemble_onnx"]
 
@@ -81,6 +81,8 @@ def assemble_onnx(flow: ControlFlow, models: Mapping[str, bytes]) -> bytes:
             where="assemble-onnx",
             remedy="rename the program's inputs or outputs",
         )
+    size_bytes = sum(len(models[block.name]) for block in flow.blocks if block.name in models)
+    require_model_size(size_bytes, "assemble-onnx")
     model = _Assembler(flow, models).assemble()
     try:
         onnx.checker.check_model(model, full_check=True)

@@ -27,6 +27,10 @@ __all__ = ["CutPoint", "find_cut_points"]
 
 _ENOUGH = 3
 """Finer levels of the module tree are looked at until there are this many cut points."""
+_LATE = 0.9
+"""A place with more than this share of the FLOPs before it saves next to nothing."""
+_STREAMS = 4
+"""Where a network has fewer earlier ones, it is cut through up to this many values where modules end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,8 @@ def find_cut_points(program: Program, *, max_live_bytes: int = 64 << 20) -> tupl
     """Find the places where a program of one block can be split, in order.
 
     Kept are the ends of building blocks (modules with two or more weighted operators inside); where
-    there are fewer than three, the ends of all containers, then of all modules, then all dominators.
+    there are fewer than three, the ends of all containers, then of all modules, then all dominators; and
+    where fewer than three of these come early, the ends of modules where several values are live.
     Of places with the same FLOPs before them one is kept. ``layer1.8`` and ``layer1``, which end at
     the same value, are one place; it is named after the level with the most places.
 
@@ -60,11 +65,14 @@ def find_cut_points(program: Program, *, max_live_bytes: int = 64 << 20) -> tupl
     if len(program.entry.results) != 1:
         raise PassError("the block must have one result", where="find-cut-points")
     body = program.entry.body
-    candidates = [c for c in find_candidates(body) if c.live_bytes <= max_live_bytes]
-    chosen = _choose_level(body, candidates)
+    chosen = _choose_level(body, [c for c in find_candidates(body) if c.live_bytes <= max_live_bytes])
+    total = count_flops(body)
+    if _places(_early(chosen, total)) < _ENOUGH:
+        wide = find_candidates(body, beside=_STREAMS - 1)
+        several = _choose_level(body, [c for c in wide if c.live_bytes <= max_live_bytes], modules=True)
+        chosen = max(chosen, several, key=lambda level: _places(_early(level, total)))
     members = Counter(_level(path) for named in chosen for path in named.paths)
     chosen = _drop_inner(chosen, members)
-    total = count_flops(body)
     return tuple(
         CutPoint(
             name=_name(named, members),
@@ -77,8 +85,16 @@ def find_cut_points(program: Program, *, max_live_bytes: int = 64 << 20) -> tupl
     )
 
 
-def _choose_level(body: fx.GraphModule, candidates: Sequence[Candidate]) -> list[_Named]:
-    """The coarsest level of the module tree with enough ends; if none has, the one with most."""
+def _choose_level(
+    body: fx.GraphModule, candidates: Sequence[Candidate], *, modules: bool = False
+) -> list[_Named]:
+    """The coarsest level of the module tree with enough ends; if none has, the one with most.
+
+    Args:
+        body: What the candidates cut.
+        candidates: All.
+        modules: Only those where a module ends.
+    """
     every = {path for node in body.graph.nodes for path in _paths(node)}
     containers = {path for path in every if any(other.startswith(f"{path}.") for other in every)}
     weighted: Counter[str] = Counter()
@@ -95,11 +111,19 @@ def _choose_level(body: fx.GraphModule, candidates: Sequence[Candidate]) -> list
         every.__contains__,
     )
     levels = [[named for named in _ends(candidates, accept) if named.paths] for accept in accepts]
-    levels.append(_ends(candidates, every.__contains__))
-    for level in levels:
-        if len({named.candidate.flops for named in level}) >= _ENOUGH:
-            return level
-    return max(levels, key=lambda level: len({named.candidate.flops for named in level}))
+    if not modules:
+        levels.append(_ends(candidates, every.__contains__))
+    return next((level for level in levels if _places(level) >= _ENOUGH), max(levels, key=_places))
+
+
+def _early(level: Iterable[_Named], total: int) -> list[_Named]:
+    """Those that leave something to save."""
+    return [named for named in level if named.candidate.flops <= _LATE * total]
+
+
+def _places(level: Iterable[_Named]) -> int:
+    """How many there are with different costs."""
+    return len({named.candidate.flops for named in level})
 
 
 def _ends(candidates: Iterable[Candidate], accept: Callable[[str], bool]) -> list[_Named]:
@@ -140,7 +164,7 @@ def _drop_inner(chosen: Sequence[_Named], members: Mapping[str, int]) -> list[_N
     """Leave out ends inside a member of the level with the most members: ``layers.0.attention``."""
     if not members:
         return list(chosen)
-    main = max(members, key=lambda level: members[level])
+    main = max(members, key=lambda level: (members[level], -level.count(".")))
     if members[main] < _ENOUGH:
         return list(chosen)
 

@@ -29,7 +29,16 @@ from exitcompiler.controlflow import (
     engine_signature,
 )
 from exitcompiler.errors import LoweringError
-from exitcompiler.onnx_utils import GraphIndex, make_model, renamed_node, round_weights, value_info
+from exitcompiler.onnx_utils import (
+    MODEL_BYTES,
+    GraphIndex,
+    keep_constants,
+    make_model,
+    renamed_node,
+    require_model_size,
+    round_weights,
+    value_info,
+)
 from exitcompiler.program import Block, torch_dtype
 
 __all__ = ["BFLOAT16_OPSET", "OPSET", "lower_blocks"]
@@ -73,13 +82,14 @@ def lower_blocks(blocks: Sequence[Block], *, opset: int = OPSET) -> dict[str, by
     todo = [block for block in blocks if engine_signature(block).outputs]
     for block in todo:
         _require_lowerable(block)
-    try:
-        return dict(_lower_together(todo, opset))
-    except Exception as error:  # the exporter raises anything
-        if len(todo) == 1:
-            raise _lowering_error(todo[0], error, opset) from error
-        # What failed together may work alone (a model beyond protobuf's 2 GiB); else blame the culprit.
-        _log.debug("lowering %d blocks at once failed (%s); one by one", len(todo), error)
+    if len(todo) == 1 or sum(sum(block.weight_bytes().values()) for block in todo) < MODEL_BYTES:
+        try:
+            return dict(_lower_together(todo, opset))
+        except Exception as error:  # the exporter raises anything
+            if len(todo) == 1:
+                raise _lowering_error(todo[0], error, opset) from error
+            # One by one, to blame the culprit.
+            _log.debug("lowering %d blocks at once failed (%s); one by one", len(todo), error)
     return {name: model for block in todo for name, model in lower_blocks([block], opset=opset).items()}
 
 
@@ -90,6 +100,10 @@ def _require_lowerable(block: Block) -> None:
             where=f"block {block.name!r}",
             remedy="make it a ConstantGate and run the prune-constant-gates pass",
         )
+    weights = block.weight_bytes()
+    if weights:
+        largest = max(weights, key=weights.__getitem__)
+        require_model_size(sum(weights.values()), f"block {block.name!r}, largest weight {largest!r}")
 
 
 def _lower_together(blocks: Sequence[Block], opset: int) -> Iterator[tuple[str, bytes]]:
@@ -253,6 +267,7 @@ def _export(whole: _Whole, opset: int) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None
+    keep_constants(program.model)
     model = program.model_proto
     round_weights(model)
     return model

@@ -67,6 +67,25 @@ def test_module_paths_and_shapes_stay_on_the_nodes() -> None:
     assert {"layer1.0", "layer3.1.conv2", "linear"} <= stacks
 
 
+class Views(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, CLASSES, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(x).view(x.shape[0], -1, 16).mean(2)  # joins dims that may lie apart
+
+
+def test_bodies_take_values_of_any_strides() -> None:
+    module, sample = Views().eval(), images(4)
+    body = capture(module, sample).program.entry.body
+    strided = sample["x"].contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        module(strided)
+    with torch.no_grad():
+        torch.testing.assert_close(body(strided)[0], module(sample["x"]))
+
+
 def test_the_original_shares_nothing_with_the_copy() -> None:
     model = mlp()
     program = capture(model, vectors(1)["x"]).program
@@ -177,21 +196,92 @@ def test_other_outputs_are_refused(structure: str, logits: str | int | None, mes
         (MutatesBuffer(), "changes its own state 'counter'"),
         (CountsCalls(), "changes its own state 'calls'"),
         (BranchesOnData(), r"module 'chooser' \(models.py:\d+\): .* depends on the values"),
-        (BatchMeanModel(), "rows of a batch influence each other"),
-        (RowAttention(), "rows of a batch influence each other"),
-        (RandomModel(), "the model is random"),
+        (BatchMeanModel(), r"node 'sub' \(aten.sub.Tensor\): the rows of a batch influence each other"),
+        (RowAttention(), r"node 'squeeze' .*: the rows of a batch influence each other"),
+        (RandomModel(), "module '.+': the model is random"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_what_cannot_be_captured_is_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         capture(model, vectors(1))
+    assert caught.value.where
     assert caught.value.remedy
+
+
+class AsksForDtypes(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask.type_as(x) + torch.empty_like(x).fill_(1) + x.type_as(mask.float())
+
+
+def test_asking_for_a_dtype_is_no_use_of_a_value() -> None:
+    inputs = {"x": torch.randn(3, 4), "mask": torch.ones(3, 4, dtype=torch.int64)}
+    body = capture(AsksForDtypes(), inputs).program.entry.body
+    (converted,) = body.graph.find_nodes(op="call_function", target=torch.ops.aten._to_copy.default)[:1]
+    assert [node.name for node in converted.all_input_nodes] == ["mask"]
+    for operator in (torch.ops.aten.type_as.default, torch.ops.aten.empty_like.default):
+        assert not body.graph.find_nodes(op="call_function", target=operator)
+    torch.testing.assert_close(body(*inputs.values())[0], 2 * inputs["x"] + 1)
+
+
+class AttentionOfAnyRank(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.unflatten(1, (2, 2, 3))[..., None]
+        attended = nn.functional.scaled_dot_product_attention(windows, windows.sin(), windows.cos())
+        tokens = attended.flatten(1, 3)
+        mask = torch.ones(12, 12, dtype=torch.bool).tril()
+        tokens = nn.functional.scaled_dot_product_attention(tokens, tokens.sin(), tokens, mask)
+        return tokens.flatten(1)
+
+
+def test_attention_has_four_dimensions() -> None:
+    inputs = vectors(4)
+    body = capture(AttentionOfAnyRank(), inputs).program.entry.body
+    target = torch.ops.aten.scaled_dot_product_attention.default
+    found = body.graph.find_nodes(op="call_function", target=target)
+    assert [node.meta["val"].ndim for node in found] == [4, 4]
+    assert all(operand.meta["val"].ndim == 4 for node in found for operand in node.args[:3])
+    torch.testing.assert_close(body(*inputs.values())[0], AttentionOfAnyRank()(*inputs.values()))
 
 
 class FixedBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.view(2, -1)
+
+
+class FixedBatchInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(12, 12), LoopsOverRows())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layers(x)
+        return logits
+
+
+class LoopsOverRows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([2 * row for row in x])
+
+
+class CountsRows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).reshape(len(x), int(x.shape[0]) * CLASSES // len(x))
+
+
+def test_counting_rows_in_python_does_not_fix_them() -> None:
+    model = CountsRows().eval()
+    program = capture(model, vectors(2)).program
+    inputs = vectors(5)
+    (logits,) = program.entry.run(inputs).values()
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(**inputs))
+    stacks = [node.meta.get("nn_module_stack", {}) for node in program.entry.body.graph.nodes]
+    assert any(path == "layer" for stack in stacks for path, _ in stack.values())
 
 
 class SelectsPositions(nn.Module):
@@ -213,16 +303,19 @@ class Cond(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (FixedBatch(), "fixes the batch size"),
+        (FixedBatch(), r"^FixedBatch \(test_capture.py:\d+\): .* fixes the batch size"),
+        (FixedBatchInside(), r"^module 'layers.1' \(test_capture.py:\d+\): .* fixes the batch size"),
         (SelectsPositions(), "influence each other|depends on the values"),
-        (BatchStandardisation(), "a row alone gets NaN"),
-        (Cond(), "one way for the whole batch"),
+        (BatchStandardisation(), r"node 'div' \(aten.div.Tensor\): a row alone gets NaN"),
+        (Cond(), r"node 'cond' .*one way for the whole batch"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_subtler_models_are_refused(model: nn.Module, message: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=message):
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
         capture(model, vectors(2))
+    assert caught.value.where
+    assert caught.value.remedy
 
 
 def test_lazy_modules_are_refused() -> None:

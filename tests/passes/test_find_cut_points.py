@@ -195,3 +195,46 @@ def test_the_main_input_need_not_come_first() -> None:
 
     cuts = find_cut_points(capture(Swapped(), tokens(2)).program)
     assert _names(cuts) == ["bert.embeddings"] + [f"bert.layers.{i}" for i in range(4)]
+
+
+class _Exchange(nn.Module):
+    """A layer of two streams; each reads the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
+        self.right = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
+
+    def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        return left + self.left(right), right + self.right(left)
+
+
+class _TwoStreams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Exchange() for _ in range(5))
+        self.classifier = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.sin(), x.cos()
+        for layer in self.layers:
+            left, right = layer(left, right)
+        logits: Tensor = self.classifier(left * right)
+        return logits
+
+
+def test_streams_that_never_meet_in_one_value_are_cut_where_modules_end() -> None:
+    torch.manual_seed(0)
+    program = capture(_TwoStreams().eval(), vectors(4)).program
+    assert len(find_candidates(program.entry.body)) < 3
+    cuts = find_cut_points(program)
+    assert {f"layers.{index}" for index in range(4)} <= set(_names(cuts))
+    assert all(2 <= len(cut.live) <= 4 for cut in cuts if cut.flops_share < 0.9)
+    chain = split_block(program, cuts)
+    assert all(list(block.params) != list(program.inputs) for block in chain.blocks[1:])  # nothing again
+    inputs = vectors(6)
+    (expected,) = program.entry.run(inputs).values()
+    values = inputs
+    for block in chain.blocks:
+        values = {**values, **block.run(values)}
+    torch.testing.assert_close(next(reversed(values.values())), expected, rtol=0, atol=0)

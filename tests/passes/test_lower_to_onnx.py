@@ -20,6 +20,7 @@ from programs import ROW, WIDTH, aten, build_body, programs, row_block, rows
 from torch import Tensor, nn
 from torch.nn import functional
 
+from exitcompiler import onnx_utils
 from exitcompiler.capture import capture
 from exitcompiler.controlflow import (
     ACTION,
@@ -38,6 +39,7 @@ from exitcompiler.errors import LoweringError
 from exitcompiler.export import trace_body
 from exitcompiler.interpreter import interpret
 from exitcompiler.onnx_utils import IR_VERSION
+from exitcompiler.passes import lower_to_onnx as lowering
 from exitcompiler.passes.assemble_onnx import EXIT_INDEX, assemble_onnx
 from exitcompiler.passes.find_cut_points import find_cut_points
 from exitcompiler.passes.lower_to_onnx import OPSET, lower_blocks
@@ -329,3 +331,32 @@ def test_the_exporter_is_not_heard_and_leaves_nothing_behind(
     lower_blocks([exit_block])
     assert (logger.level, list(warnings.filters), torch.is_grad_enabled()) == before
     assert capfd.readouterr() == ("", "")
+
+
+def test_weights_beyond_one_file_are_refused_before_anything_is_exported(
+    exit_block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_utils, "MODEL_BYTES", 100)
+    with pytest.raises(LoweringError, match=r"largest weight '.*': weights of .* GB") as caught:
+        lower_blocks([exit_block])
+    assert caught.value.remedy
+
+
+def test_blocks_that_fit_alone_but_not_together_are_lowered_one_by_one(
+    exit_block: Block, exit_model: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "MODEL_BYTES", 100)
+    other = dataclasses.replace(exit_block, name="other")
+    assert lower_blocks([exit_block, other]) == {exit_block.name: exit_model, "other": exit_model}
+
+
+def test_pairs_of_clips_on_one_value_keep_their_bounds() -> None:
+    operations = [
+        ("low", aten.clamp.default, ("x", -0.5, 0.5)),
+        ("low_again", aten.clamp.default, ("low", -0.1, 1.0)),
+        ("high", aten.clamp.default, ("x", -1.0, 1.0)),
+        ("high_again", aten.clamp.default, ("high", 0.2, 2.0)),
+        ("y", aten.sub.Tensor, ("low_again", "high_again")),
+    ]
+    block = row_block("clips", ["x"], operations, ["y"], Return(("y",), "end"))
+    assert_agrees(block, lower_blocks([block])["clips"], {"x": torch.randn(7, WIDTH)})

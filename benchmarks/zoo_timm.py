@@ -1,0 +1,52 @@
+"""Which architectures of timm are in the zoo: the smallest of every family, and others unlike it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["ARCHITECTURES"]
+
+_ONE_PER_FAMILY: Final = """
+beit_base_patch16_224 halonet_h1 mobileone_s1 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32
+convnext_zepto_rms cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny
+deepseek_vit_412m deit_tiny_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small
+efficientformer_l1 efficientformerv2_s0 mobilenetv2_035 efficientvim_m1 efficientvit_b0
+efficientvit_m0 vit_tiny_patch16_dinov3_qkvb fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny
+gemma4_vit_167m ghostnet_050 hardcorenas_b hgnetv2_b0 hiera_tiny_224 sam2_hiera_tiny hrnet_w18_small
+iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small levit_128s
+lowformer_b0 mambaout_femto maxvit_pico_rw_256 poolformerv2_s12 gmlp_ti16_224 mobilenetv3_small_050
+mobilenetv5_base mobilevit_xxs mvitv2_tiny naflexvit_base_patch16_parfac_gap nasnetalarge nest_tiny
+nextvit_small nf_regnet_b0 pit_ti_224 pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_002
+repghostnet_050 repvit_m1 res2next50 resnest14d resnet10t resnetv2_18 rexnet_100 selecsls42
+legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs
+swin_tiny_patch4_window7_224 swinv2_tiny_window16_256 swinv2_cr_tiny_224 tiny_vit_5m_224
+tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny vit_tiny_patch16_224
+vit_tiny_r_s16_p8_224 vit_srelpos_small_patch16_224 samvit_base_patch16_224 vitamin_small_224
+volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p xcit_nano_12_p8_224
+"""
+
+_MORE: Final = """
+eca_botnext26ts_256 lambda_resnet26t repvgg_a0 gernet_s regnetz_b16 mobileone_s0 coat_lite_tiny
+convnext_atto convnextv2_atto convnext_tiny cpubone_t0 crossvit_9_dagger_240 cspresnet50
+cspdarknet53 cspnext_s deit_tiny_distilled_patch16_224 deit3_small_patch16_224 densenetblur121d
+dla34 dpn68b edgenext_small efficientformerv2_s1 efficientnet_b0 mobilenetv2_100 mnasnet_small
+tf_efficientnetv2_b0 mixnet_s tinynet_e efficientnet_lite0 spnasnet_100 efficientvim_m1_dist
+efficientvit_b1 efficientvit_m1 fasternet_t1 fastvit_s12 focalnet_tiny_lrf gcvit_xtiny ghostnet_100
+ghostnetv2_100 ghostnetv3_050 hardcorenas_a hgnetv2_b1 hgnet_tiny hrnet_w18 iformer_s
+levit_conv_128s coatnet_pico_rw_224 maxxvit_rmlp_nano_rw_256 poolformer_s12 caformer_s18
+convformer_s18 gmixer_12_224 resmlp_12_224 mixer_s16_224 mobilenetv3_large_100
+mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium fbnetv3_b lcnet_050 mobilevitv2_050
+mvitv2_small_cls nf_resnet26 eca_nfnet_l0 dm_nfnet_f0 pit_ti_distilled_224 pvt_v2_b2_li regnety_002
+repghostnet_058 repvit_m0_9 resnest26d resnet18 resnet50 resnet26d seresnext26d_32x4d ecaresnet26t
+resnetrs50 resnetblur50 resnetv2_18d resnetv2_50 rexnetr_100 selecsls42b legacy_seresnext26_32x4d
+shvit_s2 skresnet34 starnet_s1 swiftformer_s swin_s3_tiny_224 swinv2_cr_tiny_ns_224
+tnt_s_patch16_224 twins_pcpvt_small vgg11_bn visformer_small vit_small_patch32_224
+vit_base_patch16_clip_224 vit_base_patch16_siglip_224 vit_small_r26_s32_224
+vit_relpos_small_patch16_224 vovnet39a ese_vovnet19b_dw xception41 xcit_nano_12_p16_224
+tiny_vit_11m_224 hieradet_small hiera_small_224 naflexvit_base_patch16_gap convit_small lowformer_b1
+beitv2_base_patch16_224 nextvit_base
+test_byobnet test_convnext test_efficientnet test_mambaout test_maxvit test_nfnet test_vit
+"""
+
+ARCHITECTURES: Final = (*_ONE_PER_FAMILY.split(), *_MORE.split())
+"""The first ones are one per family, in the order of their modules."""
