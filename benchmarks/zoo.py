@@ -1,6 +1,7 @@
 """Compiles a zoo of networks with three exits forced into each: what works, and why the others do not.
 
-    python benchmarks/zoo.py [--library timm ...] [--only PATTERN ...] [--jobs N] [--again] [--update-docs]
+    python benchmarks/zoo.py [--library timm ...] [--only PATTERN ...] [--jobs N] [--again | --recorded]
+                             [--update-docs]
 
 Every classifier of torchvision, architectures of every family of timm, and encoders of transformers, all with
 random weights. What has been run before is not run again, but for `--again`.
@@ -45,16 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for library in options.library
         for model in find_models(library)
         if not options.only or any(fnmatch(model.name, pattern) for pattern in options.only)
+        if not options.recorded or _recorded(options.out, model) is not None
     ]
     context = server()
 
     def run(model: Model) -> dict[str, Any]:
-        path = options.out / model.library / f"{model.name}.json"
-        if path.exists() and not options.again:
-            found = json.loads(path.read_text())
-            if "outcome" in found:
-                return found
-        found = run_apart(model, path, context)
+        earlier = None if options.again else _recorded(options.out, model)
+        if earlier is not None:
+            return earlier
+        found = run_apart(model, _record(options.out, model), context)
         logger.info("%-60s %-13s %5.1f s  %s", model, found["outcome"], found["total_s"], _said(found))
         return found
 
@@ -65,6 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _PAGE.write_text(page(found, _environment()))
         logger.info("wrote %s", _PAGE)
     return 0 if all(one["outcome"] in ("works", "refused") for one in found) else 1
+
+
+def _record(folder: Path, model: Model) -> Path:
+    return folder / model.library / f"{model.name}.json"
+
+
+def _recorded(folder: Path, model: Model) -> dict[str, Any] | None:
+    """What became of a network that has been run; None if it has not, or not to its end."""
+    path = _record(folder, model)
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found if "total_s" in found else None
 
 
 def _environment() -> dict[str, Any]:
@@ -87,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="networks whose names match, as *vit*")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--again", action="store_true", help="also what has been run before")
+    parser.add_argument("--recorded", action="store_true", help="run nothing: only what has been run before")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "zoo", help="folder for the figures")
     parser.add_argument("--update-docs", action="store_true", help="write the table to docs/zoo.md")
     return parser
