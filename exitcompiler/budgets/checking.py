@@ -203,22 +203,25 @@ def _measure(measured: _Measured, processes: Processes, deadline: float, *, upda
     A baseline, which is compared with again and again, is measured until the time is up.
     """
     figures: list[ProcessFigures] = []
-    fewest = FIRST_LOOK if update else FEWEST
-    target = FIRST_LOOK
     with reporting() as reporter, reporter.step("measuring in fresh processes") as step:
-        while True:
-            while len(figures) < fewest or _fits(figures, deadline):
+        for target in [None] if update else _targets():
+            while target is None or len(figures) < target:
+                if len(figures) >= (FIRST_LOOK if update else FEWEST) and not _fits(figures, deadline):
+                    measured.look(figures)
+                    return
                 figures.append(processes.run(len(figures)))
                 step.advance()
-                if len(figures) == target and not update:
-                    break
-            else:
-                measured.look(figures)
-                return
             measured.look(figures)
             if measured.is_clear:
                 return
-            target = int(GROWTH * target)
+
+
+def _targets() -> Iterator[int]:
+    """After how many processes there is a look."""
+    target = FIRST_LOOK
+    while True:
+        yield target
+        target = int(GROWTH * target)
 
 
 def _fits(figures: Sequence[ProcessFigures], deadline: float) -> bool:
