@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = list(pool.map(run, chosen))
     sys.stdout.write("\n".join([*summary(found), ""]))
     if options.update_docs:
-        _PAGE.write_text(page(found, _environment()))
+        _PAGE.write_text(page(found, _environment(), options.remark))
         logger.info("wrote %s", _PAGE)
     return 0 if all(one["outcome"] in ("works", "refused") for one in found) else 1
 
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="also what has been run before")
     parser.add_argument("--recorded", action="store_true", help="run nothing: only what has been run before")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "zoo", help="folder for the figures")
+    parser.add_argument("--remark", default="", help="what a reader of the page has to know about this run")
     parser.add_argument("--update-docs", action="store_true", help="write the table to docs/zoo.md")
     return parser
 

@@ -31,17 +31,18 @@ A network that cannot be compiled is refused: an error of the compiler's own tha
 Any other exception, a crash, more than three minutes or more memory than allowed is a failure."""
 
 
-def page(found: _Found, environment: Mapping[str, Any]) -> str:
+def page(found: _Found, environment: Mapping[str, Any], remark: str = "") -> str:
     """The whole page.
 
     Args:
         found: What `zoo_process.run_apart` returned for every network.
         environment: Versions and machine; ``date``.
+        remark: What a reader has to know about the run, beside these.
     """
     libraries = list(dict.fromkeys(one["library"] for one in found))
     parts = [
         _INTRODUCTION,
-        _surroundings(environment),
+        " ".join([_surroundings(environment), *([remark] if remark else [])]),
         "\n".join(summary(found)),
         "\n".join(_not_working(found)),
     ]
