@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -81,18 +82,10 @@ def looks_like_baseline(path: str | os.PathLike[str]) -> bool:
 
 def measurement_to_json(measurement: Measurement) -> dict[str, Json]:
     """A measurement as an object of JSON, nothing rounded; what is not known is left out."""
-    environment, answered = measurement.environment, measurement.answered
+    answered = measurement.answered
     known = {name: getattr(answered, name) for name in _COUNTS if getattr(answered, name) is not None}
     return {
-        "environment": {
-            "cpu": environment.cpu,
-            "cores": environment.cores,
-            "system": environment.system,
-            "backend": environment.backend,
-            "threads": environment.threads,
-            "precision": environment.precision,
-            "versions": dict(environment.versions),
-        },
+        "environment": asdict(measurement.environment),
         "point": measurement.point,
         "size_bytes": measurement.size_bytes,
         "answered": {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from statistics import geometric_mean
 from typing import Any, get_args
 
-from exitcompiler.budgets.figures import Environment, Measurement, ProcessFigures, SideFigures
+from exitcompiler.budgets.figures import Measurement, ProcessFigures, SideFigures
 from exitcompiler.budgets.judging import series_of
 from exitcompiler.budgets.limits import LATENCIES, Limit, Metric
 from exitcompiler.budgets.outcomes import BlockChange, Causes, CheckReport, ExitChange, Outcome, Verdict
@@ -261,7 +262,7 @@ def _causes_to_json(causes: Causes) -> dict[str, Any]:
 def _measurement_to_json(measurement: Measurement) -> dict[str, Any]:
     answered, processes = measurement.answered, measurement.processes
     return {
-        "environment": _environment_to_json(measurement.environment),
+        "environment": asdict(measurement.environment),
         "operating_point": measurement.point,
         "size_bytes": measurement.size_bytes,
         "rows": answered.rows,
@@ -291,18 +292,6 @@ def _side_to_json(sides: Sequence[SideFigures], first: Sequence[ProcessFigures])
         "rows_per_second": {str(rows): value for rows, value in throughput.items()},
         "load_ms": _mean([part.load_ms for part in first]),
         "peak_bytes": _mean([float(part.peak_bytes) for part in first]),
-    }
-
-
-def _environment_to_json(environment: Environment) -> dict[str, Any]:
-    return {
-        "cpu": environment.cpu,
-        "cores": environment.cores,
-        "system": environment.system,
-        "backend": environment.backend,
-        "threads": environment.threads,
-        "precision": environment.precision,
-        "versions": dict(environment.versions),
     }
 
 
