@@ -22,17 +22,16 @@ from exitcompiler.data import Inputs, Labels, TrainingData
 from exitcompiler.errors import CalibrationError
 from exitcompiler.fx_utils import extract_body
 from exitcompiler.heads import classifier_weights
+from exitcompiler.optimizers import MuonAdamW, ParameterGroup
 from exitcompiler.program import Program
 from exitcompiler.progress import Step
 from exitcompiler.scores import HeadKey
 
-__all__ = ["FeatureStream", "HeadRecipe", "supports_bfloat16", "train_heads"]
+__all__ = ["FeatureStream", "HeadRecipe", "for_speed", "head_group", "supports_bfloat16", "train_heads"]
 
 logger = logging.getLogger(__name__)
 
 MOST_EPOCHS: Final = 16
-FEWEST_STEPS: Final = 6
-"""OneCycleLR's warm-up of 20 % has no length at 5 steps, and divides by it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class FeatureStream:
         """The values for a batch, as float32 or bfloat16."""
         names = [node.name for node in self.body.graph.nodes if node.op == "placeholder"]
         with self.autocast():
-            outputs = self.body(*(_for_speed(inputs[name]) for name in names))
+            outputs = self.body(*(for_speed(inputs[name]) for name in names))
         return dict(zip(self.values, outputs, strict=True))
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
@@ -109,49 +108,21 @@ def supports_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _for_speed(tensor: Tensor) -> Tensor:
-    # Convolutions on the CPU are faster on this layout; the values are the same.
+def for_speed(tensor: Tensor) -> Tensor:
+    """The same values in the layout that convolutions are fastest on."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
-class _Optimizer:
-    """Muon for hidden matrices, AdamW for the rest; both on one cycle."""
-
-    def __init__(self, heads: Sequence[nn.Module], recipe: HeadRecipe, steps: int) -> None:
-        parameters = [parameter for head in heads for parameter in head.parameters()]
-        classifiers = {id(weight) for head in heads for weight in classifier_weights(head)}
-        self._matrices = [p for p in parameters if p.ndim > 1 and id(p) not in classifiers]
-        # torch's Muon takes matrices only: a convolution is given to it as a view of one.
-        self._views = [nn.Parameter(p.detach().view(len(p), -1)) for p in self._matrices]
-        matrices = {id(p) for p in self._matrices}
-        self._rest = [p for p in parameters if id(p) not in matrices]
-        optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-            (
-                torch.optim.AdamW(self._rest, lr=recipe.adamw_lr, betas=(0.9, 0.99), weight_decay=0.0),
-                recipe.adamw_lr,
-            )
-        ]
-        if self._views:  # linear heads have none
-            muon = torch.optim.Muon(self._views, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
-            optimizers.append((muon, recipe.muon_lr))
-        self._optimizers = [optimizer for optimizer, _ in optimizers]
-        self._schedules = [
-            torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, max_lr=peak, total_steps=max(steps, FEWEST_STEPS), pct_start=0.2,
-                div_factor=10, final_div_factor=1000, cycle_momentum=False,
-            )
-            for optimizer, peak in optimizers
-        ]  # fmt: skip
-
-    def step(self) -> None:
-        for view, matrix in zip(self._views, self._matrices, strict=True):
-            view.grad = None if matrix.grad is None else matrix.grad.reshape(view.shape)
-        for optimizer in self._optimizers:
-            optimizer.step()
-        for schedule in self._schedules:
-            schedule.step()
-        for parameter in (*self._matrices, *self._rest):
-            parameter.grad = None
+def head_group(
+    heads: Sequence[nn.Module], muon_lr: float, adamw_lr: float, weight_decay: float
+) -> ParameterGroup:
+    """The parameters of exit heads: all matrices but the classifiers' are hidden ones."""
+    parameters = [parameter for head in heads for parameter in head.parameters()]
+    classifiers = {id(weight) for head in heads for weight in classifier_weights(head)}
+    matrices = [p for p in parameters if p.ndim > 1 and id(p) not in classifiers]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in parameters if id(p) not in chosen]
+    return ParameterGroup(matrices, others, muon_lr, adamw_lr, weight_decay)
 
 
 def train_heads(
@@ -188,7 +159,8 @@ def train_heads(
             is not finite, or no batch has two rows.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = _Optimizer(list(heads.values()), recipe, epochs * batches)
+    group = head_group(list(heads.values()), recipe.muon_lr, recipe.adamw_lr, recipe.weight_decay)
+    optimizer = MuonAdamW([group], epochs * batches)
     for head in heads.values():
         head.train()
     trained_rows = 0
