@@ -59,7 +59,9 @@ class Part:
         few = table.restrict(self.topology.sites)
         heads = {key: scores for key, scores in few.heads.items() if not own or key[1] == OWN}
         agreements = {} if own else few.agreements
-        return ScoreTable(self.topology, heads, table.backbone_logits, table.labels, agreements)
+        return ScoreTable(
+            self.topology, heads, table.backbone_logits, table.labels, agreements, table.original_logits
+        )
 
 
 def sub_topologies(topology: Topology, fewest: int = 2) -> Iterator[tuple[str, ...]]:
@@ -199,5 +201,5 @@ def oracle(table: ScoreTable, costs: CostModel) -> list[Evaluation]:
         correct = right[answered, np.arange(table.rows)]
         passed = np.zeros((table.rows, last + 1), np.bool_)
         passed[np.arange(table.rows), answered] = passed[:, start] = True
-        found.append(summarise(topology, answered, correct, table.backbone_correct, time_us, passed))
+        found.append(summarise(topology, answered, correct, table.reference_correct, time_us, passed))
     return found

@@ -74,7 +74,7 @@ def evaluate(policy: Policy, table: ScoreTable, costs: CostModel) -> Evaluation:
         if here.any():
             correct[here] = table.correct((site, decision.head))[here]
     times = costs.times_us(policy.topology, policy.steps)
-    return summarise(policy.topology, answered, correct, table.backbone_correct, passed @ times, passed)
+    return summarise(policy.topology, answered, correct, table.reference_correct, passed @ times, passed)
 
 
 def evaluate_routes(
@@ -103,7 +103,7 @@ def evaluate_routes(
     passed = np.zeros((table.rows, len(steps)), np.bool_)
     for place in _places_on(topology, way):
         passed[:, place] = answered >= place
-    return summarise(topology, answered, correct, table.backbone_correct, passed @ times, passed)
+    return summarise(topology, answered, correct, table.reference_correct, passed @ times, passed)
 
 
 def _passing(topology: Topology, place: int) -> Step:

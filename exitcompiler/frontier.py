@@ -258,6 +258,8 @@ def sweep(
     points = [
         FrontierPoint(float(trade_offs_us[i]), policies[i], float(drops[i]), float(times_us[i]), estimates[i])
         for i in range(steps)
+        # Of a tuned network the whole is not the plain one, and no point: it is as slow, and not as given.
+        if table.original_logits is None or not policies[i].is_plain
     ]
     return Frontier(
         plain,

@@ -129,6 +129,8 @@ class ScoreTable:
         backbone_logits: ``float32[n, classes]``; in a cascade those of the reference network.
         labels: ``int64[n]`` in ``0..classes-1``, or None: the target is then agreement with the backbone.
         agreements: (site, kind) -> further features that gates may read there.
+        original_logits: ``float32[n, classes]`` of the backbone as it was before it was fine-tuned, which
+            accuracy drops are counted from; None: it is the backbone itself.
 
     Raises:
         CalibrationError: Lengths differ, a score is NaN or infinite, a label is out of range, or
@@ -140,6 +142,7 @@ class ScoreTable:
     backbone_logits: FloatArray
     labels: IntArray | None = None
     agreements: Mapping[HeadKey, Agreement] = field(default_factory=dict)
+    original_logits: FloatArray | None = None
 
     def __post_init__(self) -> None:
         shape = self.backbone_logits.shape
@@ -149,6 +152,13 @@ class ScoreTable:
                 remedy="give at least one row, and a classifier of two classes or more",
             )
         _require_finite(self.backbone_logits, BACKBONE)
+        if self.original_logits is not None:
+            if self.original_logits.shape != shape:
+                raise CalibrationError(
+                    f"logits of shape {self.original_logits.shape}, the tuned backbone's have {shape}",
+                    where="the original backbone",
+                )
+            _require_finite(self.original_logits, "the original backbone")
         for key, scores in self.heads.items():
             where = f"head {key[1]!r} of exit {key[0]!r}"
             if key[0] not in self.exits:
@@ -181,13 +191,24 @@ class ScoreTable:
 
     @property
     def targets(self) -> IntArray:
-        """What counts as right: the labels, or without them the backbone's own answer."""
-        return self.backbone_prediction if self.labels is None else self.labels
+        """What counts as right: the labels, or without them the original backbone's own answer."""
+        if self.labels is not None:
+            return self.labels
+        if self.original_logits is None:
+            return self.backbone_prediction
+        return np.asarray(self.original_logits.argmax(axis=1), np.int64)
 
     @cached_property
     def backbone_correct(self) -> BoolArray:
         """``bool[n]``."""
         return np.asarray(self.backbone_prediction == self.targets, np.bool_)
+
+    @cached_property
+    def reference_correct(self) -> BoolArray:
+        """Where what accuracy is counted from is right, ``bool[n]``: the backbone as it was given."""
+        if self.original_logits is None:
+            return self.backbone_correct
+        return np.asarray(self.original_logits.argmax(axis=1) == self.targets, np.bool_)
 
     def correct(self, key: HeadKey) -> BoolArray:
         """Where a head is right, ``bool[n]``."""
@@ -215,6 +236,7 @@ class ScoreTable:
             "backbone_logits": self.backbone_logits[rows],
             "labels": None if self.labels is None else self.labels[rows],
             "agreements": {key: found.take(rows) for key, found in self.agreements.items()},
+            "original_logits": None if self.original_logits is None else self.original_logits[rows],
         }
         part.__dict__.update(values)  # the rows were checked with the whole table
         return part
@@ -229,7 +251,9 @@ class ScoreTable:
 
         heads = {key: scores for key, scores in self.heads.items() if kept(key)}
         agreements = {key: found for key, found in self.agreements.items() if kept(key)}
-        return ScoreTable(topology, heads, self.backbone_logits, self.labels, agreements)
+        return ScoreTable(
+            topology, heads, self.backbone_logits, self.labels, agreements, self.original_logits
+        )
 
 
 def _require_finite(logits: FloatArray, where: str) -> None:

@@ -11,18 +11,24 @@ from exitcompiler.controlflow import Return, engine_signature
 from exitcompiler.data import Rows
 from exitcompiler.engines import Engines
 from exitcompiler.naming import value_name
-from exitcompiler.program import Block
+from exitcompiler.program import Block, Program
 from exitcompiler.progress import Step
 from exitcompiler.runtime.backends import Array, Engine
 from exitcompiler.runtime.rows import gate_parameters
 from exitcompiler.scores import Agreement, FloatArray, HeadKey, HeadScores, ScoreTable
 
-__all__ = ["run_block", "score_rows"]
+__all__ = ["plain_logits", "run_block", "score_rows"]
 
 BATCH_SIZE = 32
 
 
-def score_rows(candidates: Candidates, engines: Engines, rows: Rows, step: Step) -> ScoreTable:
+def score_rows(
+    candidates: Candidates,
+    engines: Engines,
+    rows: Rows,
+    step: Step,
+    original_logits: FloatArray | None = None,
+) -> ScoreTable:
     """All heads' logits and the backbone's, on all rows.
 
     Every row goes through every network and every head, at the precision that will run: scores of
@@ -33,6 +39,7 @@ def score_rows(candidates: Candidates, engines: Engines, rows: Rows, step: Step)
         engines: Make and keep the engines.
         rows: Labels and inputs.
         step: Progress, one unit a row.
+        original_logits: Of the backbone before it was fine-tuned (``plain_logits``); None: it was not.
 
     Raises:
         CalibrationError: Scores are not finite, or labels do not fit the classes.
@@ -40,7 +47,7 @@ def score_rows(candidates: Candidates, engines: Engines, rows: Rows, step: Step)
     heads = {key: candidates.head_block(key) for key in candidates.heads}
     loaded = engines.load([*candidates.program.blocks, *heads.values()])
     found: dict[HeadKey, list[FloatArray]] = {key: [] for key in heads}
-    backbone: list[Array] = []
+    backbone: list[FloatArray] = []
     last = candidates.program.blocks[-1].terminator
     assert isinstance(last, Return)
     for inputs, _ in rows.batches(BATCH_SIZE):
@@ -60,7 +67,20 @@ def score_rows(candidates: Candidates, engines: Engines, rows: Rows, step: Step)
             answers[key] = HeadScores(*key, scores, needs)
         else:
             features[key] = Agreement(scores, needs)
-    return ScoreTable(candidates.topology, answers, np.concatenate(backbone), rows.labels, features)
+    backbone_logits: FloatArray = np.concatenate(backbone)
+    return ScoreTable(candidates.topology, answers, backbone_logits, rows.labels, features, original_logits)
+
+
+def plain_logits(program: Program, engines: Engines, rows: Rows) -> FloatArray:
+    """What a network of one block answers, ``float32[rows, classes]``."""
+    block = program.entry
+    engine = engines.load([block])[block.name]
+    found = []
+    for inputs, _ in rows.batches(BATCH_SIZE):
+        values = {name: tensor.numpy() for name, tensor in inputs.items()}
+        (logits,) = run_block(block, engine, values).values()
+        found.append(np.array(logits))
+    return np.concatenate(found)
 
 
 def run_block(block: Block, engine: Engine | None, values: Mapping[str, Array]) -> dict[str, Array]:
