@@ -13,6 +13,7 @@ __all__ = [
     "LoweringError",
     "MeasurementError",
     "PassError",
+    "TrainingError",
     "UnsupportedModelError",
     "VerifyError",
 ]
@@ -77,3 +78,7 @@ class BudgetError(ExitCompilerError):
 
 class MeasurementError(ExitCompilerError):
     """A process that measures a program crashed, was killed, hung, or answered nothing."""
+
+
+class TrainingError(ExitCompilerError):
+    """Fine-tuning diverged, or its checkpoint cannot be written, read or gone on from."""

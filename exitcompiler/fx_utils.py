@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from exitcompiler.errors import PassError
 from exitcompiler.program import BATCH, ValueSpec
@@ -74,7 +74,7 @@ def nodes_by_name(body: fx.GraphModule) -> dict[str, fx.Node]:
     return {node.name: node for node in body.graph.nodes if node.op != "output"}
 
 
-def find_attribute(body: fx.GraphModule, target: str) -> Any:
+def find_attribute(body: nn.Module, target: str) -> Any:
     """The parameter, buffer, constant or submodule that ``get_attr`` with this target reads."""
     return operator.attrgetter(target)(body)
 
@@ -130,7 +130,7 @@ class BodyBuilder:
         self,
         node: fx.Node,
         values: Mapping[fx.Node, fx.Node],
-        source: fx.GraphModule,
+        source: nn.Module,
         *,
         name: str | None = None,
     ) -> fx.Node:

@@ -17,7 +17,7 @@ from exitcompiler.heads import pool
 from exitcompiler.progress import Step
 from exitcompiler.training import FeatureStream
 
-__all__ = ["Place", "choose_places", "probe"]
+__all__ = ["Place", "chance_level", "choose_places", "probe"]
 
 PROBE_ROWS = 6000
 HELD_OUT_EVERY = 4
@@ -168,6 +168,13 @@ def _hashed(features: Tensor, seed: int) -> Tensor:
     return features.new_zeros(len(features), PROBE_WIDTH).index_add_(1, bucket, features * sign)
 
 
+def chance_level(rows: Rows, classes: int) -> float:
+    """The accuracy of always answering with the commonest class; without labels that of guessing."""
+    if rows.labels is None:
+        return 1.0 / classes
+    return float(np.bincount(rows.labels).max() / len(rows.labels))
+
+
 def choose_places(
     cuts: Sequence[CutPoint],
     time_shares: Sequence[float],
@@ -186,7 +193,7 @@ def choose_places(
         time_shares: Of the backbone's measured time, up to each cut.
         accuracies: Of the probes.
         count: How many places at most.
-        chance: The accuracy of always answering with the commonest class.
+        chance: ``chance_level`` of rows like those that the probes were judged on.
     """
     targets = np.linspace(FIRST, LAST, count + 1)[:count]
     # A fifth better than chance, or a tenth of the way from there to always right where that is less: with

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
     "exitcompiler": "exitcompiler",
     "exitcompiler/budgets": "exitcompiler.budgets",
+    "exitcompiler/finetuning": "exitcompiler.finetuning",
     "passes": "exitcompiler.passes",
     "runtime": "exitcompiler.runtime",
 }
@@ -23,8 +24,8 @@ LAYERS = {package.rpartition(".")[2] for package in FOLDERS.values()}
 
 # Modules that put the parts together: nothing below may import them at import time.
 COMPOSING = {
-    "__main__", "check_tables", "cli", "cli_check", "cli_loading", "cli_options", "cli_tables", "demo",
-    "compiler", "cascades",
+    "__main__", "check_tables", "cli", "cli_check", "cli_finetune", "cli_loading", "cli_options",
+    "cli_tables", "demo", "compiler", "cascades",
 }  # fmt: skip
 
 # Imports inside functions that cross a boundary on purpose, importer -> imported.
@@ -46,7 +47,12 @@ ONLY_IN = {
     "matplotlib": {"exitcompiler.cascade_charts", "exitcompiler.charts"},
     "PIL": {"exitcompiler.image_folder"},
     "pytest": {"exitcompiler.pytest_plugin"},
-    "typer": {"exitcompiler.cli", "exitcompiler.cli_check", "exitcompiler.cli_options"},
+    "typer": {
+        "exitcompiler.cli",
+        "exitcompiler.cli_check",
+        "exitcompiler.cli_finetune",
+        "exitcompiler.cli_options",
+    },
     "rich": {
         "exitcompiler.check_tables",
         "exitcompiler.cli",
@@ -228,6 +234,31 @@ def test_budgets_know_nothing_of_the_compiler_and_only_its_users_know_them() -> 
             assert known or _short(found.imported) in allowed, found
         elif _layer(found.imported) == "budgets":
             assert found.importer in users or _layer(found.importer) == "budgets", found
+
+
+def test_fine_tuning_trains_programs_and_only_its_search_measures_them() -> None:
+    trained = {
+        "data", "errors", "fx_utils", "optimizers", "program", "progress", "scores", "training",
+    }  # fmt: skip
+    searches = {"exitcompiler.finetuning.exit_search", "exitcompiler.finetuning.exit_ranking"}
+    for found in RUNNING:
+        if _layer(found.importer) == "finetuning":
+            assert _layer(found.imported) in {"exitcompiler", "finetuning"}, found
+            assert found.importer in searches or (
+                found.imported not in searches
+                and (_layer(found.imported) == "finetuning" or _short(found.imported) in trained)
+            ), found
+        elif _layer(found.imported) == "finetuning":
+            assert _layer(found.importer) == "exitcompiler", found
+
+
+def test_what_a_user_may_say_about_fine_tuning_needs_no_torch() -> None:
+    assert {i.imported for i in INTERNAL if i.importer == "exitcompiler.finetuning.options"} == {
+        "exitcompiler.errors"
+    }
+    assert {i.imported for i in EXTERNAL if i.importer == "exitcompiler.finetuning.options"} <= {
+        "__future__", "collections.abc", "dataclasses", "math", "os", "pathlib", "typing",
+    }  # fmt: skip
 
 
 def test_what_puts_parts_together_is_imported_by_no_part() -> None:

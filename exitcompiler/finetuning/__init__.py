@@ -1,0 +1,1 @@
+"""Fine-tuning: a captured network and its exits, trained together as one program."""
