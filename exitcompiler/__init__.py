@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from exitcompiler.errors import LoweringError as LoweringError
     from exitcompiler.errors import MeasurementError as MeasurementError
     from exitcompiler.errors import PassError as PassError
+    from exitcompiler.errors import TrainingError as TrainingError
     from exitcompiler.errors import UnsupportedModelError as UnsupportedModelError
     from exitcompiler.errors import VerifyError as VerifyError
+    from exitcompiler.finetuning.options import FineTune as FineTune
     from exitcompiler.runtime.compiled import CompiledModel as CompiledModel
     from exitcompiler.runtime.loading import load as load
     from exitcompiler.splitting import split as split
@@ -38,6 +40,7 @@ _HOME = {
     "load": "exitcompiler.runtime.loading",
     "split": "exitcompiler.splitting",
     "CompiledModel": "exitcompiler.runtime.compiled",
+    "FineTune": "exitcompiler.finetuning.options",
     **dict.fromkeys(
         (
             "ArtifactError",
@@ -50,6 +53,7 @@ _HOME = {
             "LoweringError",
             "MeasurementError",
             "PassError",
+            "TrainingError",
             "UnsupportedModelError",
             "VerifyError",
         ),

@@ -19,10 +19,11 @@ from exitcompiler.naming import OWN
 from exitcompiler.networks import Network
 from exitcompiler.packaging import point_name
 from exitcompiler.policies import Leave, LinearRule, Policy
-from exitcompiler.scores import ScoreTable
+from exitcompiler.scores import BoolArray, ScoreTable
 from exitcompiler.selection import Built, Selection
 from exitcompiler.settings import Settings
 from exitcompiler.topology import Topology
+from exitcompiler.tuning_findings import tuning_entry
 
 __all__ = ["CascadeFindings", "network_shares", "overlap"]
 
@@ -74,6 +75,12 @@ class CascadeFindings(Findings):
         self._report["exits"] += [
             {**entry, "name": f"{name}/{entry['name']}", "network": name} for entry in places
         ]
+
+    def tuned_network(self, name: str, fitted: Fitted, after: BoolArray, before: BoolArray) -> None:
+        """What fine-tuning did to a network; the other arguments are ``tuning_entry``'s."""
+        for entry in self._report["cascade"]["networks"]:
+            if entry["name"] == name:
+                entry["finetune"] = tuning_entry(fitted, after, before)
 
     def selected(self, selection: Selection, table: ScoreTable, costs: CostModel) -> None:
         """What the gates came out as, for the whole and for parts of it."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,18 +18,26 @@ from exitcompiler.calibration import peek
 from exitcompiler.candidates import cast_candidates
 from exitcompiler.cascade_findings import CascadeFindings
 from exitcompiler.cascade_program import Member, cascade_program
-from exitcompiler.compiler import Details, measure, read_and_split, training_data
-from exitcompiler.data import Rows, TrainingData
+from exitcompiler.compiler import (
+    Details,
+    measure,
+    read_and_split,
+    require_training_data,
+    training_data,
+)
 from exitcompiler.delivery import Delivery
-from exitcompiler.engines import Engines, lowerer_for, typed_as
+from exitcompiler.engines import lowerer_for, typed_as
 from exitcompiler.errors import InputError
+from exitcompiler.finetuning.options import FineTune
 from exitcompiler.fitting import Fitted, fit_exits
 from exitcompiler.input_transforms import Transform
+from exitcompiler.naming import OWN
 from exitcompiler.network_order import order_networks, topology_edges
 from exitcompiler.networks import Network, read_networks
 from exitcompiler.progress import Reporter, reporting
 from exitcompiler.runtime.backends import Backend
 from exitcompiler.runtime.compiled import CompiledModel
+from exitcompiler.scoring import plain_logits
 from exitcompiler.selection import select_points
 from exitcompiler.settings import Settings
 from exitcompiler.targets import candidate_backends, fastest_plain
@@ -61,6 +69,7 @@ def cascade(
     logits: str | int | None = None,
     max_exits: int = 1,
     recipe: HeadRecipe | None = None,
+    finetune: FineTune | Sequence[FineTune | None] | None = None,
     dump: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> CompiledModel:
@@ -94,6 +103,9 @@ def cascade(
         logits: Which output holds the logits, for networks with several: its key or its index.
         max_exits: How many places in each network get deep heads, with ``early_exits``.
         recipe: How exit heads are trained.
+        finetune: Train networks together with their exits, with ``early_exits``: one for each, None where a
+            network stays as it is; or one for all, whose checkpoints then have a folder for each network.
+            Accuracy drops still count from the reference as it is given.
         dump: A folder for the program's text before and after every pass that changes it.
         progress: Show progress bars; None: on a terminal only.
 
@@ -108,6 +120,7 @@ def cascade(
             a cycle or leave a network out, or no operating point keeps the limit.
         BackendUnavailableError: A backend was named that is not installed.
         LoweringError: A block cannot be lowered, or its outputs differ from torch's.
+        TrainingError: Fine-tuning diverged, or its checkpoint cannot be used.
     """
     settings = Settings(
         max_accuracy_drop=max_accuracy_drop,
@@ -121,12 +134,12 @@ def cascade(
         recipe=HeadRecipe() if recipe is None else recipe,
         dump=None if dump is None else Path(dump),
     )
-    if not early_exits and (train_data is not None or recipe is not None):
+    if not early_exits and any(given is not None for given in (train_data, recipe, finetune)):
         raise InputError(
-            "train_data and recipe are for exit heads, and networks get none",
+            "train_data, recipe and finetune are for exits, and networks get none",
             remedy="early_exits=True, or leave them out",
         )
-    options = CascadeOptions(edges, names, transforms, logits, early_exits)
+    options = CascadeOptions(edges, names, transforms, logits, early_exits, finetune)
     return cascade_in_detail(networks, calib_data, train_data, settings, options, progress).compiled
 
 
@@ -139,6 +152,7 @@ class CascadeOptions:
     transforms: Sequence[Transform | None] | None = None
     logits: str | int | None = None
     early_exits: bool = False
+    finetune: FineTune | Sequence[FineTune | None] | None = None
 
 
 def cascade_in_detail(
@@ -171,10 +185,12 @@ class _Cascade:
         started = time.monotonic()
         settings, reporter = self.settings, self.reporter
         calib_data, example = peek(calib_data)
-        networks, edges = self._capture(models, example)
+        networks, edges, given = self._capture(models, example)
         wholes = [network.program for network in networks]
         reference = networks[-1]
-        fits_heads = self.options.early_exits and train_data is None
+        tunings = _tunings(self.options.finetune, given)
+        sources = {name: require_training_data(train_data, tunings[name]) for name in given}
+        fits_heads = self.options.early_exits and any(source is None for source in sources.values())
         rows, split = read_and_split(calib_data, reference.program, settings, with_training=not fits_heads)
         findings = CascadeFindings(networks, edges, settings, split)
         findings.seconds = reporter.seconds
@@ -184,15 +200,23 @@ class _Cascade:
             )
         plain_us = times_us[engines.backend.name]
         findings.chose_backend(engines.backend.name, times_us)
-        data = None
-        if self.options.early_exits:
-            data = training_data(train_data, rows, split, reference.program)
         learn = rows.take(split.learn)
-        members = [self._member(network, data, engines, findings, learn) for network in networks]
-        uncast = cascade_program(members, edges)
+        fitted: dict[str, Fitted] = {}
+        for network in networks if self.options.early_exits else ():
+            data = training_data(sources[network.name], rows, split, reference.program)
+            tuning = replace(settings, finetune=tunings[network.name])
+            fitted[network.name] = fit_exits(network.program, data, learn, engines, tuning, reporter)
+            findings.fitted_network(network.name, fitted[network.name])
+        uncast = cascade_program([_member(network, fitted) for network in networks], edges)
         candidates = cast_candidates(uncast, typed_as(engines.backend))
         wholes = [engines.typed(whole) for whole in wholes]
-        table, costs = measure(candidates, wholes, learn, engines, settings, reporter)
+        original = wholes[-1] if _is_tuned(reference, fitted) else None
+        table, costs = measure(candidates, wholes, learn, engines, settings, reporter, original)
+        for network, whole in zip(networks, wholes, strict=True):
+            if _is_tuned(network, fitted):
+                before = plain_logits(whole, engines, learn).argmax(axis=1) == table.targets
+                after = table.correct((network.name, OWN))
+                findings.tuned_network(network.name, fitted[network.name], after, before)
         selection = select_points(candidates, table, costs, engines, learn, settings, reporter)
         with reporter.step("comparing with parts of the cascade"):
             findings.selected(selection, table, costs)
@@ -202,12 +226,15 @@ class _Cascade:
         )  # fmt: skip
         compiled = delivery.of_selection(selection)
         logger.info("compiled in %.1f s", time.monotonic() - started)
-        return Details(compiled, reference.program, engines, split, candidates, table, costs, selection)
+        return Details(
+            compiled, reference.program, engines, split, candidates, table, costs, selection,
+            tuple(fitted.values()),
+        )  # fmt: skip
 
     def _capture(
         self, models: Sequence[Any], example: Any
-    ) -> tuple[tuple[Network, ...], frozenset[tuple[int, int]]]:
-        """The networks in topological order, and their edges by position in that."""
+    ) -> tuple[tuple[Network, ...], frozenset[tuple[int, int]], list[str]]:
+        """The networks in topological order, their edges by position in that; names as they were given."""
         options = self.options
         with self.reporter.step(f"capturing {len(models)} networks"):
             networks = read_networks(
@@ -215,23 +242,45 @@ class _Cascade:
             )
         names = [network.name for network in networks]
         order = order_networks(topology_edges(options.edges, names), names)
-        return tuple(networks[position] for position in order.order), order.edges
+        return tuple(networks[position] for position in order.order), order.edges, names
 
-    def _member(
-        self,
-        network: Network,
-        data: TrainingData | None,
-        engines: Engines,
-        findings: CascadeFindings,
-        sample: Rows,
-    ) -> Member:
-        """A network with its exits, where it shall have some."""
-        if data is None:
-            return Member(network)
-        fitted: Fitted = fit_exits(network.program, data, sample, engines, self.settings, self.reporter)
-        findings.fitted_network(network.name, fitted)
-        if fitted.candidates is None:
-            return Member(network)
-        found = fitted.candidates
-        blocks = {exit_name: found.block_of[exit_name] for exit_name in found.exits}
-        return Member(network, found.program, blocks, found.heads)
+
+def _member(network: Network, fitted: Mapping[str, Fitted]) -> Member:
+    """A network with its exits, where it has some."""
+    found = fitted[network.name].candidates if network.name in fitted else None
+    if found is None:
+        return Member(network)
+    blocks = {exit_name: found.block_of[exit_name] for exit_name in found.exits}
+    return Member(network, found.program, blocks, found.heads)
+
+
+def _is_tuned(network: Network, fitted: Mapping[str, Fitted]) -> bool:
+    return network.name in fitted and fitted[network.name].tuned is not None
+
+
+def _tunings(
+    finetune: FineTune | Sequence[FineTune | None] | None, names: Sequence[str]
+) -> dict[str, FineTune | None]:
+    """How each network is tuned, by name; None: not at all.
+
+    Args:
+        finetune: As the user gave it.
+        names: Of the networks, in the order that they were given in.
+
+    Raises:
+        InputError: There is not one for each.
+    """
+    if finetune is None:
+        return dict.fromkeys(names)
+    if isinstance(finetune, FineTune):
+        folder = finetune.folder
+        return {
+            name: finetune if folder is None else replace(finetune, checkpoint=folder / name)
+            for name in names
+        }
+    if len(finetune) != len(names):
+        raise InputError(
+            f"finetune has {len(finetune)} entries for {len(names)} networks",
+            remedy="give one for each, None where a network stays as it is; or one FineTune for all",
+        )
+    return dict(zip(names, finetune, strict=True))

@@ -20,8 +20,11 @@ from exitcompiler.costs import CostModel
 from exitcompiler.data import Rows, RowSplit, TrainingData, read_rows, read_training_data, split_rows
 from exitcompiler.delivery import Delivery
 from exitcompiler.engines import Engines, lowerer_for, typed_as
+from exitcompiler.errors import InputError
 from exitcompiler.findings import Findings
-from exitcompiler.fitting import fit_exits
+from exitcompiler.finetuning.loop import training_device
+from exitcompiler.finetuning.options import FineTune
+from exitcompiler.fitting import Fitted, fit_exits
 from exitcompiler.placement import Place
 from exitcompiler.profile import measure_costs
 from exitcompiler.program import Program
@@ -29,7 +32,7 @@ from exitcompiler.progress import Reporter, reporting
 from exitcompiler.runtime.backends import Backend
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.scores import ScoreTable
-from exitcompiler.scoring import score_rows
+from exitcompiler.scoring import plain_logits, score_rows
 from exitcompiler.selection import Selection, select_points
 from exitcompiler.settings import Settings
 from exitcompiler.targets import candidate_backends, fastest_plain
@@ -42,6 +45,7 @@ __all__ = [
     "measure",
     "model_name",
     "read_and_split",
+    "require_training_data",
     "training_data",
 ]
 
@@ -69,13 +73,15 @@ def compile(
     logits: str | int | None = None,
     max_exits: int = 3,
     recipe: HeadRecipe | None = None,
+    finetune: FineTune | None = None,
     dump: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> CompiledModel:
     """Give a trained classifier early exits that really skip the work.
 
-    Captures the model, trains exit heads on the frozen network, learns where and when to leave on
-    measured times, prunes what does not pay, and lowers what remains. The model itself is not changed.
+    Captures the model, trains exit heads on the frozen network (or both together, with ``finetune``),
+    learns where and when to leave on measured times, prunes what does not pay, and lowers what remains.
+    The model itself is not changed.
 
     Args:
         model: A trained module; or an exported program, or the path of a ``.pt2`` file, with a dynamic
@@ -85,7 +91,8 @@ def compile(
             without labels the target is agreement with the model. Several inputs: a dict by name.
         train_data: Rows to fit heads on, in the same forms; the model's own training rows will do. By
             default a share of ``calib_data`` is used.
-        max_accuracy_drop: How much accuracy may be lost, net, 0 to 1; 0.01 (one point) by default.
+        max_accuracy_drop: How much accuracy may be lost against the model as it is given, net, 0 to 1;
+            0.01 (one point) by default.
         latency_budget_ms: Instead: the mean latency of a call to keep, in milliseconds.
         backend: ``"onnxruntime"``, ``"openvino"``, ``"torch"``; on a GPU ``"cuda"`` or ``"tensorrt"``; or
             ``"auto"``: the one for CPUs that runs the plain model fastest here.
@@ -96,7 +103,8 @@ def compile(
         seed: Of everything that is random.
         logits: Which output holds the logits, for a model with several: its key or its index.
         max_exits: How many places get deep heads before gates decide.
-        recipe: How heads are trained.
+        recipe: How heads are trained on the frozen network.
+        finetune: Train the network and its exits together instead, on ``train_data`` or rows of its own.
         dump: A folder for the program's text before and after every pass that changes it.
         progress: Show progress bars; None: on a terminal only.
 
@@ -109,6 +117,7 @@ def compile(
         InputError: An option makes no sense, or no operating point keeps the limit.
         BackendUnavailableError: A backend was named that is not installed.
         LoweringError: A block cannot be lowered, or its outputs differ from torch's.
+        TrainingError: Fine-tuning diverged, or its checkpoint cannot be used.
     """
     settings = Settings(
         max_accuracy_drop=max_accuracy_drop,
@@ -120,6 +129,7 @@ def compile(
         seed=seed,
         max_exits=max_exits,
         recipe=HeadRecipe() if recipe is None else recipe,
+        finetune=finetune,
         dump=None if dump is None else Path(dump),
     )
     return compile_in_detail(model, calib_data, train_data, settings, logits, progress).compiled
@@ -138,6 +148,7 @@ class Details:
         table: Scores on the learning rows.
         costs: Measured times.
         selection: What was learned.
+        fitted: Per network what was trained; none where networks have no exits.
     """
 
     compiled: CompiledModel
@@ -148,6 +159,7 @@ class Details:
     table: ScoreTable | None = None
     costs: CostModel | None = None
     selection: Selection | None = None
+    fitted: Sequence[Fitted] = ()
 
 
 def compile_in_detail(
@@ -178,6 +190,7 @@ class _Compilation:
     def run(self, model: Any, calib_data: Any, train_data: Any, logits: str | int | None) -> Details:
         started = time.monotonic()
         settings, reporter = self.settings, self.reporter
+        train_data = require_training_data(train_data, settings.finetune)
         calib_data, example = peek(calib_data)
         with reporter.step("capturing the model"):
             captured = capture(model, example, logits=logits)
@@ -205,15 +218,20 @@ class _Compilation:
             fitted.candidates,
         )
         if fitted.candidates is None:
-            return Details(delivery.of_plain(_no_place(fitted.places)), program, engines, split)
+            plain = delivery.of_plain(_no_place(fitted.places))
+            return Details(plain, program, engines, split, fitted=(fitted,))
         learn = rows.take(split.learn)
         candidates = cast_candidates(fitted.candidates, typed_as(engines.backend))
-        table, costs = measure(candidates, [engines.typed(program)], learn, engines, settings, reporter)
+        whole = engines.typed(program)
+        original = None if fitted.tuned is None else whole
+        table, costs = measure(candidates, [whole], learn, engines, settings, reporter, original)
+        if fitted.tuned is not None:
+            findings.tuned(fitted, table.backbone_correct, table.reference_correct)
         selection = select_points(candidates, table, costs, engines, learn, settings, reporter)
         findings.selected(selection, table, costs)
         compiled = delivery.of_selection(selection)
         logger.info("compiled in %.1f s", time.monotonic() - started)
-        return Details(compiled, program, engines, split, candidates, table, costs, selection)
+        return Details(compiled, program, engines, split, candidates, table, costs, selection, (fitted,))
 
 
 def read_and_split(
@@ -248,6 +266,27 @@ def training_data(train_data: Any, rows: Rows, split: RowSplit, program: Program
     return data.for_model(program)
 
 
+def require_training_data(train_data: Any, finetune: FineTune | None) -> Any:
+    """What is trained on: fine-tuning's own data, where it has some.
+
+    Raises:
+        InputError: There is none, and calibration rows are too few, and too precious, to fine-tune on.
+        TrainingError: The device to train on cannot be used.
+    """
+    if finetune is None:
+        return train_data
+    training_device(finetune.device)  # one that is missing is told before anything slow
+    if finetune.train_data is not None:
+        return finetune.train_data
+    if train_data is None:
+        raise InputError(
+            "fine-tuning needs training data, and none is given",
+            where="finetune",
+            remedy="give train_data=..., the rows that the network was trained on",
+        )
+    return train_data
+
+
 def measure(
     candidates: Candidates,
     wholes: Sequence[Program],
@@ -255,12 +294,24 @@ def measure(
     engines: Engines,
     settings: Settings,
     reporter: Reporter,
+    original: Program | None = None,
 ) -> tuple[ScoreTable, CostModel]:
-    """Scores on the learning rows, and measured times, of all candidates."""
+    """Scores on the learning rows, and measured times, of all candidates.
+
+    Args:
+        candidates: Sites and heads.
+        wholes: Every network in one block, for its time.
+        learn: The learning rows.
+        engines: Of the target.
+        settings: Batch size.
+        reporter: Progress.
+        original: The reference network before it was fine-tuned, one block; None: it was not.
+    """
     with reporter.step("lowering segments and heads"):
         costs = measure_costs(candidates, wholes, engines, learn, settings.batch_size)
     with reporter.step("scoring calibration rows", len(learn)) as step:
-        return score_rows(candidates, engines, learn, step), costs
+        before = None if original is None else plain_logits(original, engines, learn)
+        return score_rows(candidates, engines, learn, step, before), costs
 
 
 def model_name(model: Any) -> str:

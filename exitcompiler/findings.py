@@ -26,10 +26,11 @@ from exitcompiler.placement import Place
 from exitcompiler.policies import Leave, LinearRule
 from exitcompiler.program import Program
 from exitcompiler.runtime.compiled import CompiledModel
-from exitcompiler.scores import HeadKey, ScoreTable
+from exitcompiler.scores import BoolArray, HeadKey, ScoreTable
 from exitcompiler.selection import Built, Selection
 from exitcompiler.settings import Settings
 from exitcompiler.statistics import reliability_bins
+from exitcompiler.tuning_findings import tuning_entry
 
 __all__ = ["Findings", "place_entry"]
 
@@ -84,6 +85,10 @@ class Findings:
         if fitted.rows:
             self._report["rows"]["fit"] = fitted.rows
         self._report["exits"] = [place_entry(place) for place in fitted.places]
+
+    def tuned(self, fitted: Fitted, after: BoolArray, before: BoolArray) -> None:
+        """What fine-tuning did to the network; the arguments are ``tuning_entry``'s."""
+        self._report["finetune"] = tuning_entry(fitted, after, before)
 
     def selected(self, selection: Selection, table: ScoreTable, costs: CostModel) -> None:
         """What the gates came out as."""

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from exitcompiler.candidates import Candidates, chain_candidates
-from exitcompiler.controlflow import Return, ValueSpec
 from exitcompiler.cut_points import CutPoint
 from exitcompiler.data import Extent, Rows, TrainingData
 from exitcompiler.engines import Engines
+from exitcompiler.errors import TrainingError
+from exitcompiler.finetuning.checkpoints import read_notes
+from exitcompiler.finetuning.exit_search import search_exits
+from exitcompiler.finetuning.joint_network import backbone_logits
+from exitcompiler.finetuning.loop import Tuned, train_jointly
+from exitcompiler.finetuning.options import FineTune
 from exitcompiler.flops import count_flops
 from exitcompiler.heads import LinearHead, deep_head, head_flops, lower_head
 from exitcompiler.naming import DEEP, LINEAR
 from exitcompiler.passes.find_cut_points import find_cut_points
 from exitcompiler.passes.split_block import split_block
-from exitcompiler.placement import PROBE_ROWS, Place, choose_places, probe
+from exitcompiler.placement import PROBE_ROWS, Place, chance_level, choose_places, probe
 from exitcompiler.profile import block_times_us
 from exitcompiler.program import Program
 from exitcompiler.progress import Reporter
 from exitcompiler.scores import HeadKey
 from exitcompiler.settings import Settings
-from exitcompiler.training import FeatureStream, train_heads
+from exitcompiler.training import FeatureStream, HeadRecipe, train_heads
 
 __all__ = ["Fitted", "distinct_cuts", "fit_exits"]
 
@@ -42,12 +48,14 @@ class Fitted:
         places: Every cut point that was looked at.
         head_flops: (exit, kind) -> floating-point operations of a head for one row.
         rows: How many training rows an epoch had; 0: they were not looked at.
+        tuned: What fine-tuning came to; None: the backbone is as it was given.
     """
 
     candidates: Candidates | None
     places: Sequence[Place]
     head_flops: dict[HeadKey, int]
     rows: int
+    tuned: Tuned | None = None
 
 
 def fit_exits(
@@ -79,20 +87,33 @@ def fit_exits(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         data = data.for_model(program)
-        extent = data.count(settings.recipe.batch_size)
+        batch_size = settings.recipe.batch_size if settings.finetune is None else settings.finetune.batch_size
+        extent = data.count(batch_size)
         places = _places(program, cuts, data, extent, sample, engines, settings, reporter)
+        notes: dict[str, Any] = {}
+        if settings.finetune is not None:
+            places, notes = _places_to_tune(
+                program, places, data, extent, sample, engines, settings, settings.finetune, reporter
+            )
         chosen = [place.cut for place in places if place.chosen]
         if not chosen:
             return Fitted(None, places, {}, extent.rows)
-        heads = _trained_heads(program, chosen, data, extent, settings, reporter)
-    by_name = {cut.name: cut for cut in chosen}
-    sizes = {key: head_flops(head, by_name[key[0]].spec) for key, head in heads.items()}
-    classes = _classes(program)
+        # Again: a training that goes on from a checkpoint did not choose places anew.
+        torch.default_generator.manual_seed(settings.seed)
+        heads = _new_heads(program, chosen, settings.recipe, linear=settings.finetune is None)
+        tuned = None
+        if settings.finetune is None:
+            _train(program, chosen, heads, data, extent, settings, reporter)
+        else:
+            tuned = _tune(program, chosen, heads, data, extent, settings, settings.finetune, notes, reporter)
+            program, heads = tuned.program, dict(tuned.heads)
+    cut_of = {cut.name: cut for cut in chosen}
+    sizes = {key: head_flops(head, cut_of[key[0]].spec) for key, head in heads.items()}
     lowered = {
-        key: lower_head(key, head, by_name[key[0]].value, by_name[key[0]].spec, classes)
+        key: lower_head(key, head, cut_of[key[0]].value, cut_of[key[0]].spec, _classes(program))
         for key, head in heads.items()
     }
-    return Fitted(chain_candidates(program, chosen, lowered), places, sizes, extent.rows)
+    return Fitted(chain_candidates(program, chosen, lowered), places, sizes, extent.rows, tuned)
 
 
 def _places(
@@ -106,7 +127,7 @@ def _places(
     reporter: Reporter,
 ) -> list[Place]:
     """Probe every cut, time the backbone to it, choose."""
-    classes, logits = _classes(program), _logits(program)
+    classes, logits = _classes(program), backbone_logits(program)
     probed = min(extent.rows, PROBE_ROWS)
     with reporter.step("probing cut points", probed) as step:
         stream = FeatureStream.of(program, [*(cut.value for cut in cuts), logits])
@@ -115,22 +136,23 @@ def _places(
         )
     with reporter.step("timing the backbone to each cut"):
         shares = _time_shares(split_block(program, cuts), engines, sample, settings.batch_size)
-    return choose_places(cuts, shares, accuracies, count=settings.max_exits, chance=_chance(sample, classes))
+    return choose_places(
+        cuts, shares, accuracies, count=settings.max_exits, chance=chance_level(sample, classes)
+    )
 
 
-def _trained_heads(
+def _train(
     program: Program,
     cuts: Sequence[CutPoint],
+    heads: Mapping[HeadKey, nn.Module],
     data: TrainingData,
     extent: Extent,
     settings: Settings,
     reporter: Reporter,
-) -> dict[HeadKey, nn.Module]:
-    """Two heads for every cut, all trained on one stream."""
-    budget_flops = count_flops(program.entry.body) * settings.recipe.budget_share
-    heads = _new_heads(cuts, _classes(program), budget_flops)
+) -> None:
+    """Train heads on the frozen backbone, all on one stream."""
     value_of = {cut.name: cut.value for cut in cuts}
-    target = None if extent.labelled else _logits(program)
+    target = None if extent.labelled else backbone_logits(program)
     values = [*value_of.values(), *([target] if target else [])]
     epochs = settings.recipe.epochs_for(extent.rows)
     with reporter.step(f"training {len(heads)} exit heads", epochs * extent.batches) as step:
@@ -146,17 +168,66 @@ def _trained_heads(
             step=step,
             target=target,
         )
-    return heads
 
 
-def _logits(program: Program) -> str:
-    end = program.entry.terminator
-    assert isinstance(end, Return)
-    return end.values[0]
+def _places_to_tune(
+    program: Program,
+    places: Sequence[Place],
+    data: TrainingData,
+    extent: Extent,
+    sample: Rows,
+    engines: Engines,
+    settings: Settings,
+    options: FineTune,
+    reporter: Reporter,
+) -> tuple[list[Place], dict[str, Any]]:
+    """The places for exits of a network that is tuned, and what to remember of the choice.
+
+    They are chosen on measured times, which are never the same twice: a training that is gone on with
+    keeps those that it began with.
+    """
+    notes = None if options.folder is None else read_notes(options.folder)
+    if notes is None:
+        search = search_exits(program, places, data, extent, sample, engines, settings, reporter)
+        chosen = [place.cut.name for place in search.places if place.chosen]
+        return search.places, {"exits": chosen, "search": search.as_dict()}
+    kept = set(notes["exits"])
+    lost = kept - {place.cut.name for place in places}
+    if lost:
+        raise TrainingError(
+            f"the checkpoint is of a network with exits at {sorted(lost)}, this one has no such places",
+            where=str(options.folder),
+            remedy="give another checkpoint folder, or remove this one",
+        )
+    reasons = {True: "training went on with the exits of its checkpoint", False: "not among the checkpoint's"}
+    return [
+        replace(place, chosen=place.cut.name in kept, reason=reasons[place.cut.name in kept])
+        for place in places
+    ], notes
+
+
+def _tune(
+    program: Program,
+    cuts: Sequence[CutPoint],
+    heads: Mapping[HeadKey, nn.Module],
+    data: TrainingData,
+    extent: Extent,
+    settings: Settings,
+    options: FineTune,
+    notes: Mapping[str, Any],
+    reporter: Reporter,
+) -> Tuned:
+    """Train the backbone and its heads together."""
+    value_of = {cut.name: cut.value for cut in cuts}
+    reads = {key: value_of[key[0]] for key in heads}
+    with reporter.step(f"fine-tuning with {len(cuts)} exits", options.epochs * extent.batches) as step:
+        return train_jointly(
+            program, heads, reads, data, extent, options, seed=settings.seed, step=step, notes=notes
+        )
 
 
 def _classes(program: Program) -> int:
-    return int(program.entry.values[_logits(program)].shape[1])
+    return int(program.entry.values[backbone_logits(program)].shape[1])
 
 
 def distinct_cuts(cuts: Iterable[CutPoint]) -> list[CutPoint]:
@@ -170,12 +241,21 @@ def distinct_cuts(cuts: Iterable[CutPoint]) -> list[CutPoint]:
     return distinct
 
 
-def _new_heads(cuts: Sequence[CutPoint], classes: int, budget_flops: float) -> dict[HeadKey, nn.Module]:
+def _new_heads(
+    program: Program, cuts: Sequence[CutPoint], recipe: HeadRecipe, *, linear: bool
+) -> dict[HeadKey, nn.Module]:
+    """Untrained heads: a linear and a deep one for every cut, or the deep one alone.
+
+    A linear head on early features would pull a network that is trained with it towards features that can be
+    told apart by a line there, at the cost of all that comes after.
+    """
+    budget_flops = count_flops(program.entry.body) * recipe.budget_share
+    classes = _classes(program)
     heads: dict[HeadKey, nn.Module] = {}
     for cut in cuts:
-        spec: ValueSpec = cut.spec
-        heads[cut.name, LINEAR] = LinearHead(spec, classes)
-        heads[cut.name, DEEP] = deep_head(spec, classes, budget_flops=budget_flops)
+        if linear:
+            heads[cut.name, LINEAR] = LinearHead(cut.spec, classes)
+        heads[cut.name, DEEP] = deep_head(cut.spec, classes, budget_flops=budget_flops)
     return heads
 
 
@@ -183,9 +263,3 @@ def _time_shares(chain: Program, engines: Engines, sample: Rows, batch_size: int
     times = block_times_us(engines.typed(chain).blocks, engines, sample, batch_size, repeats=40)
     reached = np.cumsum(times)
     return [float(time / reached[-1]) for time in reached[:-1]]
-
-
-def _chance(rows: Rows, classes: int) -> float:
-    if rows.labels is None:
-        return 1.0 / classes
-    return float(np.bincount(rows.labels).max() / len(rows.labels))

@@ -31,6 +31,7 @@ from exitcompiler.runtime.explain_cascade import (
     network_of_exit,
     reference_name,
 )
+from exitcompiler.runtime.explain_finetune import tunings
 from exitcompiler.runtime.manifest import OperatingPoint
 from exitcompiler.runtime.wording import format_duration, format_points, format_share
 
@@ -109,6 +110,7 @@ def render_report(
         runs=runs_sentence(report),
         exits=[{**exit, "why": reason_text(exit)} for exit in inner_exits(report)],
         cascade=_cascade(report) if is_cascade(report) else None,
+        tunings=tunings(report),
         rounds=report.get("rounds") or [],
         groups=_groups(report),
         notes=report.get("notes") or [],

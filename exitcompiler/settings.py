@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
 from exitcompiler.errors import InputError
+from exitcompiler.finetuning.options import FineTune
 from exitcompiler.training import HeadRecipe
 
 __all__ = ["Settings"]
@@ -31,6 +32,7 @@ class Settings:
     seed: int = 0
     max_exits: int = 3
     recipe: HeadRecipe = field(default_factory=HeadRecipe)
+    finetune: FineTune | None = None
     dump: Path | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """For the report."""
-        values = asdict(self)
-        recipe, _ = values.pop("recipe"), values.pop("dump")
-        return {**values, "max_accuracy_drop": self.drop_limit, "recipe": recipe}
+        # Not asdict, which would copy the training data that fine-tuning was given.
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "dump"}
+        recipe = asdict(values.pop("recipe"))
+        finetune = None if self.finetune is None else dict(self.finetune.as_dict())
+        return {**values, "max_accuracy_drop": self.drop_limit, "recipe": recipe, "finetune": finetune}
