@@ -11,6 +11,7 @@ import typer.core
 from rich.console import Console
 from rich.logging import RichHandler
 
+from exitcompiler import cli_finetune as tuning
 from exitcompiler import cli_loading as loading
 from exitcompiler import cli_options as options
 from exitcompiler.cli_check import CheckCommand, check_command
@@ -23,6 +24,7 @@ from exitcompiler.cli_tables import (
     parts_text,
     points_table,
     show_error,
+    show_stopped,
 )
 from exitcompiler.errors import ExitCompilerError
 from exitcompiler.runtime.explain import format_share
@@ -33,7 +35,7 @@ __all__ = ["app"]
 class _CleanErrors(typer.core.TyperGroup):
     """Shows the errors of this package as one message on stderr; exit code 1 (2 for wrong usage).
 
-    ``check`` has codes of its own.
+    130 after Ctrl-C, as from a shell. ``check`` has codes of its own.
     """
 
     def invoke(self, ctx: Any) -> Any:
@@ -45,6 +47,11 @@ class _CleanErrors(typer.core.TyperGroup):
                 raise
             show_error(error)
             raise typer.Exit(1) from None
+        except KeyboardInterrupt as interruption:
+            if ctx.params.get("debug"):
+                raise
+            show_stopped(interruption)
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(
@@ -74,6 +81,15 @@ def compile_command(
     calib: options.CalibOption,
     output: options.OutputOption,
     train: options.TrainOption = None,
+    finetune: tuning.FinetuneOption = False,
+    epochs: tuning.EpochsOption = None,
+    train_batch_size: tuning.TrainBatchSizeOption = None,
+    accumulate: tuning.AccumulateOption = None,
+    lr: tuning.LearningRateOption = None,
+    freeze_batchnorm: tuning.FreezeBatchnormOption = None,
+    mixup: tuning.MixupOption = None,
+    checkpoint: tuning.CheckpointOption = None,
+    device: tuning.DeviceOption = None,
     max_drop: options.MaxDropOption = None,
     latency_budget_ms: options.LatencyBudgetOption = None,
     backend: options.BackendOption = "auto",
@@ -94,6 +110,10 @@ def compile_command(
     from exitcompiler.runtime import backends
 
     options.require_one_target(max_drop, latency_budget_ms)
+    tuned = tuning.read_finetune(
+        finetune, train, epochs=epochs, batch_size=train_batch_size, accumulate=accumulate, lr=lr,
+        freeze_batchnorm=freeze_batchnorm, mixup=mixup, checkpoint=checkpoint, device=device,
+    )  # fmt: skip
     preprocessing = options.read_preprocessing(mean, std, image_size)
     loading.require_place(output)
     backends.share_threads(backend, threads)
@@ -112,6 +132,7 @@ def compile_command(
         threads=threads,
         seed=seed,
         logits=options.read_logits(logits),
+        finetune=tuned,
         dump=dump,
     )
     loading.save_program(compiled, output, Output(as_json=as_json))
@@ -129,6 +150,15 @@ def cascade_command(
         bool, typer.Option("--early-exits", help="Give each network exits of its own as well.")
     ] = False,
     train: options.TrainOption = None,
+    finetune: tuning.FinetuneOption = False,
+    epochs: tuning.EpochsOption = None,
+    train_batch_size: tuning.TrainBatchSizeOption = None,
+    accumulate: tuning.AccumulateOption = None,
+    lr: tuning.LearningRateOption = None,
+    freeze_batchnorm: tuning.FreezeBatchnormOption = None,
+    mixup: tuning.MixupOption = None,
+    checkpoint: tuning.CheckpointOption = None,
+    device: tuning.DeviceOption = None,
     max_drop: options.MaxDropOption = None,
     latency_budget_ms: options.LatencyBudgetOption = None,
     backend: options.BackendOption = "auto",
@@ -152,6 +182,11 @@ def cascade_command(
     for option, given in (("--name", name or []), ("--transform", transform or [])):
         options.require_one_per_network(option, given, len(models))
     edges = options.read_edges(edge or [], name or [])
+    tuned = tuning.read_finetune(
+        finetune, train, has_exits=early_exits, epochs=epochs, batch_size=train_batch_size,
+        accumulate=accumulate, lr=lr, freeze_batchnorm=freeze_batchnorm, mixup=mixup,
+        checkpoint=checkpoint, device=device,
+    )  # fmt: skip
     preprocessing = options.read_preprocessing(mean, std, image_size)
     loading.require_place(output)
     backends.share_threads(backend, threads)
@@ -175,6 +210,7 @@ def cascade_command(
         threads=threads,
         seed=seed,
         logits=options.read_logits(logits),
+        finetune=tuned,
         dump=dump,
     )
     loading.save_program(compiled, output, Output(as_json=as_json))

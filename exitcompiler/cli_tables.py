@@ -25,6 +25,7 @@ __all__ = [
     "parts_text",
     "points_table",
     "show_error",
+    "show_stopped",
 ]
 
 
@@ -54,6 +55,12 @@ class Output:
 def show_error(error: Exception) -> None:
     """Print an error as one message on stderr."""
     Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+
+
+def show_stopped(interruption: KeyboardInterrupt) -> None:
+    """Say on stderr that Ctrl-C stopped the work, and what its notes say, such as how to go on."""
+    text = "\n  -> ".join(["stopped", *getattr(interruption, "__notes__", [])])
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 def points_table(points: Sequence[Mapping[str, Any]]) -> Table:
