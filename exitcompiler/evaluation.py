@@ -15,7 +15,15 @@ from exitcompiler.policies import Policy
 from exitcompiler.scores import BoolArray, HeadKey, IntArray, ScoreTable
 from exitcompiler.topology import Topology
 
-__all__ = ["Evaluation", "Judged", "evaluate", "evaluate_routes", "summarise", "undominated"]
+__all__ = [
+    "Evaluation",
+    "Judged",
+    "evaluate",
+    "evaluate_plain",
+    "evaluate_routes",
+    "summarise",
+    "undominated",
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,13 @@ def evaluate(policy: Policy, table: ScoreTable, costs: CostModel) -> Evaluation:
             correct[here] = table.correct((site, decision.head))[here]
     times = costs.times_us(policy.topology, policy.steps)
     return summarise(policy.topology, answered, correct, table.reference_correct, passed @ times, passed)
+
+
+def evaluate_plain(table: ScoreTable, costs: CostModel) -> Evaluation:
+    """The backbone alone, as it was given: tuned or not, it is what comes back where no exit pays."""
+    alone = evaluate(Policy.plain(table.topology), table, costs)
+    right = table.reference_correct
+    return summarise(table.topology, alone.exit_index, right, right, alone.time_us, alone.passed)
 
 
 def evaluate_routes(

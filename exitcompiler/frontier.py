@@ -19,7 +19,7 @@ from scipy.optimize import isotonic_regression
 
 from exitcompiler.costs import CostModel
 from exitcompiler.errors import InputError
-from exitcompiler.evaluation import Evaluation, evaluate, summarise, undominated
+from exitcompiler.evaluation import Evaluation, evaluate, evaluate_plain, summarise, undominated
 from exitcompiler.gate_search import Choices, to_policy
 from exitcompiler.gates import FEWEST_ROWS, RECIPES, Learner, Recipe, prepare, require_learnable
 from exitcompiler.policies import Policy
@@ -254,7 +254,7 @@ def sweep(
         policies.append(policy)
         tick()
     alone = Policy.plain(table.topology)
-    plain = FrontierPoint(math.inf, alone, 0.0, costs.whole_us, evaluate(alone, table, costs))
+    plain = FrontierPoint(math.inf, alone, 0.0, costs.whole_us, evaluate_plain(table, costs))
     points = [
         FrontierPoint(float(trade_offs_us[i]), policies[i], float(drops[i]), float(times_us[i]), estimates[i])
         for i in range(steps)
