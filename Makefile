@@ -6,6 +6,7 @@
 #   make test-all   the slow tests too
 #   make bench      the CIFAR-10 benchmark: make bench DATA=folder WEIGHTS=folder
 #   make bench-cascade  that of cascades, likewise
+#   make bench-finetune  that of fine-tuned exits, likewise: five hours, most of them training
 #   make zoo        which networks of torchvision, timm and transformers compile (docs/zoo.md): two hours
 #   make bench-budgets  how often `exitcompiler check` is right: two hours on an idle machine
 #   make gpu-check  on a machine with a GPU: tests and figures, nothing is installed (docs/gpu.md)
@@ -23,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 SOURCE_LIST := $(VENV)/.source-list
 REFRESHED := $(VENV)/.refreshed
 EDITABLE := --config-settings editable_mode=strict
-SOURCES := $(sort $(wildcard exitcompiler/*.py exitcompiler/py.typed exitcompiler/templates/* exitcompiler/budgets/*.py passes/*.py runtime/*.py runtime/*.cu))
+SOURCES := $(sort $(wildcard exitcompiler/*.py exitcompiler/py.typed exitcompiler/templates/* exitcompiler/budgets/*.py exitcompiler/finetuning/*.py passes/*.py runtime/*.py runtime/*.cu))
 
 # Tests of a file stay together, since what they have in common is made once; one thread each.
 WORKERS ?= -n 2 --dist loadfile
@@ -38,10 +39,10 @@ GPU_ARGS ?=
 # The one that has torch: what PYTHON says, else that of .venv where there is one.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
 
-.PHONY: help setup demo check-demo test test-all lint types format bench bench-cascade bench-budgets zoo gpu-check clean distclean force
+.PHONY: help setup demo check-demo test test-all lint types format bench bench-cascade bench-finetune bench-budgets zoo gpu-check clean distclean force
 
 help:
-	@sed -n '3,13s/^#  *//p' Makefile
+	@sed -n '3,14s/^#  *//p' Makefile
 
 setup: $(REFRESHED)
 
@@ -101,6 +102,10 @@ bench: setup
 bench-cascade: setup
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench-cascade DATA=folder WEIGHTS=folder"; exit 2; }
 	$(BIN)/python benchmarks/cifar10_cascade.py --data "$(DATA)" --weights "$(WEIGHTS)" $(BENCH_ARGS)
+
+bench-finetune: setup
+	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench-finetune DATA=folder WEIGHTS=folder"; exit 2; }
+	$(BIN)/python benchmarks/cifar10_finetune.py --data "$(DATA)" --weights "$(WEIGHTS)" $(BENCH_ARGS)
 
 bench-budgets: setup
 	$(BIN)/python benchmarks/budgets.py $(BUDGETS_ARGS)

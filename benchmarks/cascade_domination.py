@@ -24,7 +24,12 @@ RowsOf: TypeAlias = "tuple[Sequence[Array], Sequence[Array]]"
 
 
 def resampled_least_us(
-    families: Mapping[str, RowsOf], drops: Sequence[float], plain_us: float, resamples: int = RESAMPLES
+    families: Mapping[str, RowsOf],
+    drops: Sequence[float],
+    plain_us: float,
+    resamples: int = RESAMPLES,
+    *,
+    mixed: bool = False,
 ) -> dict[str, Array]:
     """The least time of each family's points within given drops, in each resample of the rows.
 
@@ -36,6 +41,8 @@ def resampled_least_us(
         drops: Allowed drops.
         plain_us: The reference network's time.
         resamples: How many.
+        mixed: Two points may share the rows between them, at random: what lies on the line from one to
+            the other can be had as well.
 
     Returns:
         Name -> ``float64[1 + resamples, drops]``; the first line is of the rows as they are.
@@ -49,12 +56,31 @@ def resampled_least_us(
         mean_drops = weights @ np.stack(drop_rows, axis=1).astype(np.float64)  # [1 + resamples, points]
         times_us = weights @ np.stack(time_rows, axis=1).astype(np.float64)
         least = [np.where(mean_drops <= drop + ROUNDING, times_us, plain_us).min(axis=1) for drop in drops]
+        if mixed:
+            shared = [_least_of_two(mean_drops, times_us, drop) for drop in drops]
+            least = [np.minimum(*pair) for pair in zip(least, shared, strict=True)]
         found[name] = np.minimum(np.stack(least, axis=1), plain_us)
     return found
 
 
+def _least_of_two(drops: Array, times_us: Array, drop: float) -> Array:
+    """The least time of two points that share the rows and keep the drop: ``[n, points]`` -> ``[n]``."""
+    within = drops[:, :, None] <= drop
+    apart = drops[:, None, :] - drops[:, :, None]
+    share = np.where(within & (apart > drop - drops[:, :, None]), drop - drops[:, :, None], 0.0)
+    share = share / np.where(apart > 0.0, apart, 1.0)  # of the rows that the second one answers
+    time_us = (1.0 - share) * times_us[:, :, None] + share * times_us[:, None, :]
+    least: Array = np.where(within, time_us, np.inf).min(axis=(1, 2))
+    return least
+
+
 def domination(
-    ours: str, families: Mapping[str, RowsOf], reference_accuracy: float, plain_us: float
+    ours: str,
+    families: Mapping[str, RowsOf],
+    reference_accuracy: float,
+    plain_us: float,
+    *,
+    mixed: bool = False,
 ) -> dict[str, Any]:
     """Where others are faster at the same accuracy or a higher one.
 
@@ -63,14 +89,16 @@ def domination(
         families: All of them, on the same rows.
         reference_accuracy: Of the reference network, on these rows.
         plain_us: Its time.
+        mixed: As for ``resampled_least_us``.
 
     Returns:
         ``accuracies``; ``ours_us``, the least time at each; ``families``: of every other one the least
-        times, at how many accuracies it is faster (``faster``), at how many with an interval wholly on
-        that side (``surely_faster``), and the accuracy, gain and interval where it is ahead most.
+        times, by how much it is faster at each (``gains_us``, with intervals), at how many accuracies it
+        is faster (``faster``), at how many with an interval wholly on that side (``surely_faster``), and
+        the accuracy, gain and interval where it is ahead most.
     """
     drops = [reference_accuracy - accuracy for accuracy in ACCURACIES]
-    least = resampled_least_us(families, drops, plain_us)
+    least = resampled_least_us(families, drops, plain_us, mixed=mixed)
     others: dict[str, Any] = {}
     for name, times_us in least.items():
         if name == ours:
@@ -80,6 +108,7 @@ def domination(
         worst = int(gain[0].argmax())
         others[name] = {
             "least_us": times_us[0],
+            "gains_us": {"value": gain[0], "lower": lower, "upper": upper},
             "faster": int((gain[0] > LEAST_US).sum()),
             "as_fast": int((np.abs(gain[0]) <= LEAST_US).sum()),
             "surely_faster": int((lower > LEAST_US).sum()),

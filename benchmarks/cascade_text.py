@@ -9,6 +9,7 @@ from cascade_targets import cascade_targets
 from cifar10_format import (
     contender_lines,
     contender_notes,
+    final_lines,
     interval,
     points,
     ratio,
@@ -74,18 +75,13 @@ def _final(figures: Mapping[str, Any]) -> str:
         f"{figures['effort']['headline_rows']:,} final rows, ONNX Runtime; each line is a measurement of its "
         "own.",
         "",
-        "| | operating point | speed-up | top-1 % | drop, points | mean ms | ResNet-56 | rows leave |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    for point, found in figures["final"].items():
-        for name, final in found["programs"].items():
-            rates = final["exit_rates"].items()
-            left = ", ".join(f"{100 * rate:.0f} % at {exit_name}" for exit_name, rate in rates)
-            lines.append(
-                f"| {name}, {point} | {final['point']} | **{ratio(final['speedup'])}** "
-                f"| {100 * final['accuracy']:.2f} | {points(final['drop'], '')} "
-                f"| {final['program_ms']['mean']:.3f} | {final['plain_ms']['mean']:.3f} | {left} |"
-            )
+    finals = {
+        f"{name}, {point}": final
+        for point, found in figures["final"].items()
+        for name, final in found["programs"].items()
+    }
+    lines += final_lines(finals, "ResNet-56")
     for point, found in figures["final"].items():
         pair = found["pair"]
         lines += [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from exitcompiler.packaging import point_name
 from exitcompiler.scores import ScoreTable
 from exitcompiler.selection import Built, fit_within
 
-__all__ = ["resplit_cascade", "shares"]
+__all__ = ["resplit_cascade", "resplit_program", "shares"]
 
 
 def shares(details: Details, judge: ScoreTable) -> list[dict[str, Any]]:
@@ -63,12 +63,33 @@ def resplit_cascade(job: Job, details: Details, table: ScoreTable, count: int) -
     assert details.costs is not None
     assert details.selection is not None
     recipes, steps = (details.selection.frontier.recipe,), job.effort.part_steps
-    limit = job.effort.cascade_drop
-    tasks = [_Task(table, details.costs, seed, limit, recipes, steps) for seed in range(count)]
+    limits = {"asked": job.effort.cascade_drop, "not_lower": 0.0}
+    return resplit_program(table, details.costs, count, limits, recipes, steps)
+
+
+def resplit_program(
+    table: ScoreTable,
+    costs: CostModel,
+    count: int,
+    limits: Mapping[str, float],
+    recipes: Sequence[Recipe],
+    steps: int,
+) -> dict[str, Any]:
+    """Learn on a random half of the test rows, judge on the other half; many times, for several limits.
+
+    Args:
+        table: Scores on all test rows.
+        costs: Measured times.
+        count: How many re-splits.
+        limits: Name -> the accuracy drop to keep, "asked" among them.
+        recipes: How gates may be learned.
+        steps: Trade-offs of each sweep.
+    """
+    tasks = [_Task(table, costs, seed, limits, recipes, steps) for seed in range(count)]
     results = in_processes(_resplit, tasks, os.cpu_count() or 1)
     return {
         "resplits": len(results),
-        "limit": limit,
+        "limit": limits["asked"],
         "steps": steps,
         "recipes": [str(recipe) for recipe in recipes],
         "rows": table.rows // 2,
@@ -81,8 +102,8 @@ class _Task:
     table: ScoreTable
     costs: CostModel
     seed: int
-    limit: float
-    recipes: tuple[Recipe, ...]
+    limits: Mapping[str, float]
+    recipes: Sequence[Recipe]
     steps: int
 
 
@@ -91,8 +112,10 @@ def _resplit(task: _Task) -> dict[str, dict[str, float]]:
     learn, judge = halves(task.table, task.seed)
     frontier = sweep(learn, costs, recipes=task.recipes, steps=task.steps, seed=task.seed)
     found = {}
-    for name, limit in (("asked", task.limit), ("not_lower", 0.0)):
+    for name, limit in task.limits.items():
         point = fit_within(frontier, limit)  # as the compiler does
         result = evaluate(point.policy, judge, costs)
         found[name] = {"drop": result.accuracy_drop, "speedup": costs.whole_us / result.mean_us}
+        if point.policy.is_plain:  # refused: what is left is the network as it was given
+            found[name] = {"drop": 0.0, "speedup": 1.0}
     return found

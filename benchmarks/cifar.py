@@ -101,14 +101,17 @@ class AugmentedImages:
         pixels: ``uint8 [n, 32, 32, 3]``.
         labels: ``int64 [n]``.
         batch_size: Rows per batch; a last, smaller batch is left out.
-        seed: Of order, crops and flips.
+        seed: Of order, crops and flips; None: they are drawn by torch's own generator, whose state a
+            checkpoint of a training keeps.
     """
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, batch_size: int = 128, seed: int = 0) -> None:
+    def __init__(
+        self, pixels: np.ndarray, labels: np.ndarray, batch_size: int = 128, seed: int | None = 0
+    ) -> None:
         self._images = torch.from_numpy(images(pixels))
         self._labels = torch.from_numpy(labels)
         self._batch_size = batch_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         return len(self._labels) // self._batch_size
@@ -138,8 +141,8 @@ class Split:
     """Rows by what they may be used for.
 
     Args:
-        train_pixels: ``uint8 [30000, 32, 32, 3]``, for heads.
-        train_labels: ``int64 [30000]``.
+        train_pixels: ``uint8 [n, 32, 32, 3]``, for heads, and for whole networks where these are tuned.
+        train_labels: ``int64 [n]``.
         x: Development rows of the test set, ``float32 [5000, 3, 32, 32]``: gates are learned here.
         y: Their labels.
         final_x: The other test rows: every reported figure is from them.
@@ -154,10 +157,15 @@ class Split:
     final_y: np.ndarray
 
 
-def load_split(data: Path) -> Split:
-    """Read ``cifar10_train.npz`` and ``cifar10_test.npz``, each with ``x`` uint8 and ``y`` int64."""
+def load_split(data: Path, training_rows: int = TRAINING_ROWS) -> Split:
+    """Read ``cifar10_train.npz`` and ``cifar10_test.npz``, each with ``x`` uint8 and ``y`` int64.
+
+    Args:
+        data: The folder that holds them.
+        training_rows: How many of the 50,000 training images, the first ones.
+    """
     with np.load(data / "cifar10_train.npz", allow_pickle=False) as train:
-        pixels, labels = train["x"][:TRAINING_ROWS], train["y"][:TRAINING_ROWS]
+        pixels, labels = train["x"][:training_rows], train["y"][:training_rows]
     with np.load(data / "cifar10_test.npz", allow_pickle=False) as test:
         x, y = images(test["x"]), test["y"]
     return Split(pixels, labels, x[DEVELOPMENT], y[DEVELOPMENT], x[FINAL], y[FINAL])

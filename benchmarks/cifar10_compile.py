@@ -14,7 +14,7 @@ from exitcompiler.compiler import Details, compile_in_detail
 from exitcompiler.settings import Settings
 from exitcompiler.training import HeadRecipe
 
-__all__ = ["compile_cascade", "compile_resnet56", "settings_of"]
+__all__ = ["compile_cascade", "compile_resnet56", "compiled_figures", "settings_of"]
 
 
 def settings_of(job: Job, backend: str = "onnxruntime", precision: str = "fp32") -> Settings:
@@ -44,7 +44,7 @@ def compile_resnet56(job: Job, *, with_training_images: bool) -> tuple[Details, 
     images = _training_images(job) if with_training_images else None
     started = time.monotonic()
     details = compile_in_detail(model, (job.split.x, job.split.y), images, settings_of(job))
-    return details, _figures(details, time.monotonic() - started)
+    return details, compiled_figures(details, time.monotonic() - started)
 
 
 def compile_cascade(job: Job, *, early_exits: bool) -> tuple[Details, dict[str, Any]]:
@@ -68,14 +68,15 @@ def compile_cascade(job: Job, *, early_exits: bool) -> tuple[Details, dict[str, 
     images = _training_images(job) if early_exits else None
     started = time.monotonic()
     details = cascade_in_detail(models, (job.split.x, job.split.y), images, settings, options)
-    return details, _figures(details, time.monotonic() - started)
+    return details, compiled_figures(details, time.monotonic() - started)
 
 
 def _training_images(job: Job) -> AugmentedImages:
     return AugmentedImages(job.split.train_pixels, job.split.train_labels, seed=SEED)
 
 
-def _figures(details: Details, seconds: float) -> dict[str, Any]:
+def compiled_figures(details: Details, seconds: float) -> dict[str, Any]:
+    """What came out, and how long each step took."""
     return {
         "seconds": seconds,
         "steps_seconds": details.compiled.artifact.report["seconds"],

@@ -20,9 +20,11 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from exitcompiler.benchmarking import logits_of
 from exitcompiler.capture import capture
+from exitcompiler.controlflow import OutputStructure
 from exitcompiler.engines import Lowerer
 from exitcompiler.errors import BackendUnavailableError
 from exitcompiler.packaging import pack
+from exitcompiler.program import Program
 from exitcompiler.runtime.backends import create_backend
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.runtime.loading import open_artifact
@@ -36,8 +38,11 @@ __all__ = [
     "Contender",
     "answers",
     "contenders_of",
+    "logits_in_batches",
     "open_static",
+    "static_artifact",
     "static_artifacts",
+    "without_exits",
 ]
 
 logger = logging.getLogger("cifar10")
@@ -64,6 +69,7 @@ class Contender:
         model: What is called.
         chosen: It is the operating point that the compiler was asked for.
         series: What it is an operating point of; empty where it is none.
+        beside: Another contender that it is compared with as well, by name; empty: none.
     """
 
     name: str
@@ -72,11 +78,12 @@ class Contender:
     model: CompiledModel
     chosen: bool = False
     series: str = ""
+    beside: str = ""
 
 
 def static_artifacts(job: Job) -> dict[str, Artifact]:
     """The networks without exits, each captured and lowered once: by name, for every backend."""
-    found = {f"ResNet-{depth}": _static(job, depth) for depth in (*STATIC_DEPTHS, 56)}
+    found = {f"ResNet-{depth}": static_artifact(job, depth) for depth in (*STATIC_DEPTHS, 56)}
     found[INT8] = _int8(found[PLAIN], job.split.x[:CALIBRATION_ROWS])
     return found
 
@@ -130,6 +137,11 @@ def answers(model: CompiledModel, x: Array, batch: int = BATCH) -> tuple[Array, 
     return np.concatenate(classes), np.concatenate(exits)
 
 
+def logits_in_batches(model: CompiledModel, x: Array, batch: int = BATCH) -> Array:
+    """Logits of all rows, ``float32[rows, classes]``."""
+    return np.concatenate([logits_of(model(x[i : i + batch])) for i in range(0, len(x), batch)])
+
+
 def _reopen(compiled: CompiledModel, backend: str, job: Job) -> CompiledModel:
     """The same artifact on another backend, single rows run in whichever way is faster there."""
     models: dict[str, CompiledModel] = {
@@ -148,17 +160,28 @@ def _with_execution(artifact: Artifact, execution: Execution) -> Artifact:
     return replace(artifact, manifest=replace(artifact.manifest, operating_points=points))
 
 
-def _static(job: Job, depth: int) -> Artifact:
+def static_artifact(job: Job, depth: int) -> Artifact:
     """A whole network through the same capture, lowering and call as the program."""
     captured = capture(load_resnet(job.weights, depth), job.split.x[:8])
+    return without_exits(job, captured.program, captured.structure)
+
+
+def without_exits(job: Job, program: Program, structure: OutputStructure) -> Artifact:
+    """A captured network of one block as an artifact that has nothing else.
+
+    Args:
+        job: What the compiler is asked for.
+        program: The network.
+        structure: How it hands over its logits.
+    """
     settings = settings_of(job)
     backend = create_backend(settings.backend, threads=THREADS)
     return pack(
         [],
-        captured.program,
+        program,
         0.0,  # estimates are not read here
         0.0,
-        captured.structure,
+        structure,
         backend,
         Lowerer(),
         settings,

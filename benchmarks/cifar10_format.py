@@ -11,6 +11,7 @@ __all__ = [
     "ENGINES",
     "contender_lines",
     "contender_notes",
+    "final_lines",
     "interval",
     "points",
     "ratio",
@@ -102,6 +103,28 @@ def contender_notes(figures: Mapping[str, Any], backend: str) -> list[str]:
     lines = ["", DOMINATED]
     if backend != "openvino" and any(row["kind"] == "bf16" for row in figures["table"][backend]):
         lines = ["", "bf16 is OpenVINO's: ONNX Runtime has none on a CPU.", *lines]
+    return lines
+
+
+def final_lines(finals: Mapping[str, Mapping[str, Any]], against: str) -> list[str]:
+    """A table of final figures, a row a name.
+
+    Args:
+        finals: Name -> of ``final_figure``.
+        against: What the programs took turns with.
+    """
+    lines = [
+        f"| | operating point | speed-up | top-1 % | drop, points | mean ms | {against} | rows leave |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, final in finals.items():
+        rates = final["exit_rates"].items()
+        left = ", ".join(f"{100 * rate:.0f} % at {exit_name}" for exit_name, rate in rates)
+        lines.append(
+            f"| {name} | {final['point']} | **{ratio(final['speedup'])}** "
+            f"| {100 * final['accuracy']:.2f} | {points(final['drop'], '')} "
+            f"| {final['program_ms']['mean']:.3f} | {final['plain_ms']['mean']:.3f} | {left} |"
+        )
     return lines
 
 

@@ -66,6 +66,13 @@ def table(job: Job, contenders: Sequence[Contender]) -> list[dict[str, Any]]:
                 "series": contender.series,
             }
         )
+        if contender.beside:
+            other = contender.beside
+            rows[-1]["beside"] = {
+                "name": other,
+                "drop": asdict(_drop(right[other], right[contender.name])),
+                "speedup": asdict(ratio_interval(times_us[other], mine, seed=SEED)),
+            }
     statics = [row for row in rows if row["kind"] not in ("program", "plain")]
     for row in rows:
         row["dominated_by"] = dominating(row, statics) if row["kind"] == "program" else []
@@ -81,12 +88,19 @@ def dominating(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> l
     ]
 
 
-def final_figure(job: Job, program: CompiledModel) -> dict[str, Any]:
-    """The drop on all final rows and the speed-up on many of them, program and plain taking turns."""
+def final_figure(job: Job, program: CompiledModel, plain: CompiledModel | None = None) -> dict[str, Any]:
+    """The drop on all final rows and the speed-up on many of them, program and plain taking turns.
+
+    Args:
+        job: Final rows.
+        program: What is measured.
+        plain: What it is compared with; None: the program's own plain network.
+    """
     x, y = job.split.final_x, job.split.final_y
-    times_us = in_turns(job, {"program": program, "plain": program.plain})
+    plain = program.plain if plain is None else plain
+    times_us = in_turns(job, {"program": program, "plain": plain})
     classes, exits = answers(program, x)
-    whole, _ = answers(program.plain, x)
+    whole, _ = answers(plain, x)
     return {
         "backend": program.backend.name,
         "execution": program.execution,

@@ -27,6 +27,8 @@ __all__ = [
     "Job",
     "begin",
     "open_job",
+    "parser_of",
+    "start",
 ]
 
 logger = logging.getLogger("cifar10")
@@ -43,7 +45,7 @@ class Effort:
     """How many rows, repeats and epochs.
 
     Args:
-        train_images: For exit heads.
+        train_images: For exit heads, or for a network and its exits where these are tuned.
         epochs: Of the exit heads; None: the compiler's own choice.
         calibration_rows: Of the development rows.
         final_rows: Of the final rows, for accuracies.
@@ -128,11 +130,9 @@ class Job:
 
 def open_job(data: Path, weights: Path, out: Path, effort: Effort) -> Job:
     """Read the data and make the output folder."""
-    split = load_split(data)
+    split = load_split(data, effort.train_images)
     cut = replace(
         split,
-        train_pixels=split.train_pixels[: effort.train_images],
-        train_labels=split.train_labels[: effort.train_images],
         x=split.x[: effort.calibration_rows],
         y=split.y[: effort.calibration_rows],
         final_x=split.final_x[: effort.final_rows],
@@ -170,6 +170,21 @@ class Figures:
             json.dumps({**self.values, "stage_seconds": self.seconds}, indent=1, default=plain)
         )
 
+    def resume(self) -> None:
+        """Take over the stages that the file has.
+
+        Raises:
+            SystemExit: They are of a run with another effort.
+        """
+        if not self.path.exists():
+            return
+        found = json.loads(self.path.read_text())
+        effort = json.loads(json.dumps(self.values["effort"]))
+        if found["effort"] != effort:
+            raise SystemExit(f"{self.path} is of a run with another effort: give another --out")
+        self.seconds |= found.pop("stage_seconds", {})
+        self.values |= found
+
     def __getitem__(self, name: str) -> dict[str, Any]:
         figures = self.values[name]
         assert isinstance(figures, dict)
@@ -197,6 +212,11 @@ def begin(description: str, out: Path) -> tuple[Job, Figures, bool]:
     Returns:
         The job, where its figures go, and whether it is a quick run, which only checks the script.
     """
+    return start(parser_of(description, out).parse_args())
+
+
+def parser_of(description: str, out: Path) -> argparse.ArgumentParser:
+    """The options that all of these benchmarks have."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10_{train,test}.npz")
     parser.add_argument(
@@ -204,9 +224,24 @@ def begin(description: str, out: Path) -> tuple[Job, Figures, bool]:
     )
     parser.add_argument("--out", type=Path, default=out, help="folder for what is made")
     parser.add_argument("--quick", action="store_true", help="few rows and epochs: checks the script itself")
-    arguments = parser.parse_args()
+    return parser
+
+
+def start(
+    arguments: argparse.Namespace, full: Effort = FULL, quick: Effort = QUICK
+) -> tuple[Job, Figures, bool]:
+    """Read the data.
+
+    Args:
+        arguments: Of ``parser_of``.
+        full: How much to do.
+        quick: The same for a quick run.
+
+    Returns:
+        As ``begin``.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
-    effort = QUICK if arguments.quick else FULL
+    effort = quick if arguments.quick else full
     job = open_job(arguments.data, arguments.weights, arguments.out, effort)
     return job, Figures(job.out / "figures.json", {"effort": asdict(effort)}, {}), arguments.quick
