@@ -18,7 +18,7 @@ from exitcompiler.engines import Engines
 from exitcompiler.errors import TrainingError
 from exitcompiler.finetuning.checkpoints import read_notes
 from exitcompiler.finetuning.exit_search import search_exits
-from exitcompiler.finetuning.joint_network import backbone_logits
+from exitcompiler.finetuning.joint_network import backbone_logits, class_count
 from exitcompiler.finetuning.loop import Tuned, train_jointly
 from exitcompiler.finetuning.options import FineTune
 from exitcompiler.flops import count_flops
@@ -32,7 +32,7 @@ from exitcompiler.program import Program
 from exitcompiler.progress import Reporter
 from exitcompiler.scores import HeadKey
 from exitcompiler.settings import Settings
-from exitcompiler.training import FeatureStream, HeadRecipe, train_heads
+from exitcompiler.training import FeatureStream, HeadRecipe, train_at_cuts
 
 __all__ = ["Fitted", "distinct_cuts", "fit_exits"]
 
@@ -49,6 +49,7 @@ class Fitted:
         head_flops: (exit, kind) -> floating-point operations of a head for one row.
         rows: How many training rows an epoch had; 0: they were not looked at.
         tuned: What fine-tuning came to; None: the backbone is as it was given.
+        remarks: What the user should know of how it came about.
     """
 
     candidates: Candidates | None
@@ -56,6 +57,7 @@ class Fitted:
     head_flops: dict[HeadKey, int]
     rows: int
     tuned: Tuned | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def fit_exits(
@@ -110,10 +112,21 @@ def fit_exits(
     cut_of = {cut.name: cut for cut in chosen}
     sizes = {key: head_flops(head, cut_of[key[0]].spec) for key, head in heads.items()}
     lowered = {
-        key: lower_head(key, head, cut_of[key[0]].value, cut_of[key[0]].spec, _classes(program))
+        key: lower_head(key, head, cut_of[key[0]].value, cut_of[key[0]].spec, class_count(program))
         for key, head in heads.items()
     }
-    return Fitted(chain_candidates(program, chosen, lowered), places, sizes, extent.rows, tuned)
+    candidates = chain_candidates(program, chosen, lowered)
+    return Fitted(candidates, places, sizes, extent.rows, tuned, _remarks(chosen, settings))
+
+
+def _remarks(chosen: Sequence[CutPoint], settings: Settings) -> tuple[str, ...]:
+    if len(chosen) <= settings.max_exits:
+        return ()
+    names = ", ".join(cut.name for cut in chosen)
+    return (
+        f"fine-tuning went on with the {len(chosen)} exits of its checkpoint ({names}), more than "
+        f"max_exits={settings.max_exits}: another checkpoint folder would have exits chosen anew",
+    )
 
 
 def _places(
@@ -127,7 +140,7 @@ def _places(
     reporter: Reporter,
 ) -> list[Place]:
     """Probe every cut, time the backbone to it, choose."""
-    classes, logits = _classes(program), backbone_logits(program)
+    classes, logits = class_count(program), backbone_logits(program)
     probed = min(extent.rows, PROBE_ROWS)
     with reporter.step("probing cut points", probed) as step:
         stream = FeatureStream.of(program, [*(cut.value for cut in cuts), logits])
@@ -151,23 +164,13 @@ def _train(
     reporter: Reporter,
 ) -> None:
     """Train heads on the frozen backbone, all on one stream."""
-    value_of = {cut.name: cut.value for cut in cuts}
-    target = None if extent.labelled else backbone_logits(program)
-    values = [*value_of.values(), *([target] if target else [])]
     epochs = settings.recipe.epochs_for(extent.rows)
     with reporter.step(f"training {len(heads)} exit heads", epochs * extent.batches) as step:
-        train_heads(
-            FeatureStream.of(program, values),
-            heads,
-            {key: value_of[key[0]] for key in heads},
-            data,
-            epochs=epochs,
-            batches=extent.batches,
-            recipe=settings.recipe,
-            seed=settings.seed,
-            step=step,
-            target=target,
-        )
+        train_at_cuts(
+            program, cuts, heads, data,
+            epochs=epochs, batches=extent.batches, recipe=settings.recipe, seed=settings.seed, step=step,
+            target=None if extent.labelled else backbone_logits(program),
+        )  # fmt: skip
 
 
 def _places_to_tune(
@@ -191,7 +194,14 @@ def _places_to_tune(
         search = search_exits(program, places, data, extent, sample, engines, settings, reporter)
         chosen = [place.cut.name for place in search.places if place.chosen]
         return search.places, {"exits": chosen, "search": search.as_dict()}
-    kept = set(notes["exits"])
+    exits = notes.get("exits")
+    if not isinstance(exits, list) or not all(isinstance(name, str) for name in exits):
+        raise TrainingError(
+            "the checkpoint does not say which exits it is of",
+            where=str(options.folder),
+            remedy="give another checkpoint folder, or remove this one",
+        )
+    kept = set(exits)
     lost = kept - {place.cut.name for place in places}
     if lost:
         raise TrainingError(
@@ -226,10 +236,6 @@ def _tune(
         )
 
 
-def _classes(program: Program) -> int:
-    return int(program.entry.values[backbone_logits(program)].shape[1])
-
-
 def distinct_cuts(cuts: Iterable[CutPoint]) -> list[CutPoint]:
     """Cuts by name; a name that comes twice is told apart by its value."""
     seen: set[str] = set()
@@ -250,7 +256,7 @@ def _new_heads(
     told apart by a line there, at the cost of all that comes after.
     """
     budget_flops = count_flops(program.entry.body) * recipe.budget_share
-    classes = _classes(program)
+    classes = class_count(program)
     heads: dict[HeadKey, nn.Module] = {}
     for cut in cuts:
         if linear:

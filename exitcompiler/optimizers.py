@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -117,10 +117,17 @@ class MuonAdamW:
         for index, optimizer in enumerate(self._optimizers):
             groups = optimizer.state_dict()["param_groups"]
             for group, saved in zip(groups, state.numbers[f"groups.{index}"], strict=True):
-                group.update(saved)
+                group.update(_same_names(saved, group.keys() - {"params"}))
             optimizer.load_state_dict({"state": entries[index], "param_groups": groups})
         for schedule, saved in zip(self._schedules, state.numbers["schedules"], strict=True):
-            schedule.load_state_dict(dict(saved))
+            schedule.load_state_dict(_same_names(saved, _numbers_of(schedule).keys()))
+
+
+def _same_names(saved: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
+    """What was saved, which a schedule takes for its own attributes whatever their names."""
+    if saved.keys() != names:
+        raise ValueError(f"{sorted(saved.keys() ^ names)} are in one of both only")
+    return dict(saved)
 
 
 def _numbers_of(schedule: torch.optim.lr_scheduler.LRScheduler) -> Mapping[str, Any]:

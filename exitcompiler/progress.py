@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +23,9 @@ from rich.progress import (
 __all__ = ["Reporter", "Step", "reporting"]
 
 logger = logging.getLogger(__name__)
+
+SPEED_SECONDS: Final = 600.0
+"""What the time left is estimated from: long enough for batches that take minutes."""
 
 
 @dataclass
@@ -84,5 +88,7 @@ def reporting(enabled: bool | None = None) -> Iterator[Reporter]:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not shown) as progress:
+    with Progress(
+        *columns, console=console, disable=not shown, speed_estimate_period=SPEED_SECONDS
+    ) as progress:
         yield Reporter(progress)

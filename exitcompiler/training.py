@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 
+from exitcompiler.cut_points import CutPoint
 from exitcompiler.data import Inputs, Labels, TrainingData
 from exitcompiler.errors import CalibrationError
 from exitcompiler.fx_utils import extract_body
@@ -27,7 +28,15 @@ from exitcompiler.program import Program
 from exitcompiler.progress import Step
 from exitcompiler.scores import HeadKey
 
-__all__ = ["FeatureStream", "HeadRecipe", "for_speed", "head_group", "supports_bfloat16", "train_heads"]
+__all__ = [
+    "FeatureStream",
+    "HeadRecipe",
+    "for_speed",
+    "head_group",
+    "supports_bfloat16",
+    "train_at_cuts",
+    "train_heads",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +193,29 @@ def train_heads(
             remedy="give more rows, or a loader that can be gone through several times",
         )
     logger.info("trained %d heads for %d epochs on %d rows in all", len(heads), epochs, trained_rows)
+
+
+def train_at_cuts(
+    program: Program,
+    cuts: Sequence[CutPoint],
+    heads: Mapping[HeadKey, nn.Module],
+    data: TrainingData,
+    *,
+    epochs: int,
+    batches: int,
+    recipe: HeadRecipe,
+    seed: int,
+    step: Step,
+    target: str | None = None,
+) -> None:
+    """``train_heads`` on a one-block program, for heads that stand at cuts; its arguments and errors."""
+    value_of = {cut.name: cut.value for cut in cuts}
+    stream = FeatureStream.of(program, [*value_of.values(), *([target] if target else [])])
+    reads = {key: value_of[key[0]] for key in heads}
+    train_heads(
+        stream, heads, reads, data,
+        epochs=epochs, batches=batches, recipe=recipe, seed=seed, step=step, target=target,
+    )  # fmt: skip
 
 
 def _backward(

@@ -30,6 +30,8 @@ def tuning_entry(fitted: Fitted, after: BoolArray, before: BoolArray) -> dict[st
         "rows": fitted.rows,
         "seconds": tuned.seconds,
         "resumed_at": tuned.resumed_at,
+        "device": tuned.device,
+        "precision": tuned.precision,
         "history": [list(losses) for losses in tuned.history],
         "search": tuned.notes.get("search", {}),
         "options": dict(tuned.options.as_dict()),

@@ -82,6 +82,9 @@ def _training(finetune: Mapping[str, Any]) -> str:
         text += f" over {rows:,} rows"
     if seconds is not None:
         text += f", in {_long_duration(seconds)}"
+    if finetune.get("device") is not None:
+        text += f" on {finetune['device']}"
+        text += "" if finetune.get("precision") is None else f" in {finetune['precision']}"
     resumed_at = min(finetune.get("resumed_at") or 0, epochs)
     if resumed_at:
         which = "all" if resumed_at == epochs else f"the first {resumed_at}"
@@ -117,9 +120,12 @@ def _search(search: Mapping[str, Any], limit: float | None) -> str:
     text += " by heads trained for a short while on the frozen network"
     if search.get("rows") is not None:
         text += f", judged on {search['rows']:,} training rows"
-    if search.get("within") is not None:
-        text += f" at a drop of at most {format_points(search['within'])}"
-        if limit is not None and search["within"] > limit:
+    within, limit = search.get("within"), search.get("asked", limit)
+    if within == 1.0:
+        text += ", whatever they lose, as none of them kept the accuracy"
+    elif within is not None:
+        text += f" at a drop of at most {format_points(within)}"
+        if limit is not None and within > limit:
             text += " (more than was asked for: before they are tuned, exits are weaker)"
     if search.get("seconds") is not None:
         text += f", in {_long_duration(search['seconds'])}"

@@ -56,6 +56,38 @@ def linear_heads(
     return heads, {(cut.name, "linear"): cut.value for cut in cuts}
 
 
+class Reader(nn.Module):
+    """Reads tokens, and makes tensors on the way: positions, the first state of a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, 8), nn.Embedding(6, 8)
+        self.register_buffer("ahead", torch.full((6, 6), -float("inf")).triu(1))
+        self.recurrent = nn.GRU(8, 8, num_layers=2, batch_first=True, dropout=0.5)
+        self.out = nn.Linear(8, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits ``[batch, 4]`` of ``int64[batch, 6]``."""
+        x = self.words(ids) + self.places(torch.arange(6, device=ids.device))
+        x = (x @ x.transpose(1, 2) + self.ahead).softmax(2) @ x
+        logits: Tensor = self.out(self.recurrent(x)[0].mean(1))
+        return logits
+
+
+@functools.cache
+def reading_program() -> Program:
+    """It, captured; nobody may change it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return capture(Reader().eval(), token_rows(4).inputs["ids"]).program
+
+
+def token_rows(count: int = 24) -> Rows:
+    """For ``Reader``."""
+    ids = torch.randint(0, 20, (count, 6), generator=torch.Generator().manual_seed(1))
+    return Rows({"ids": ids}, (ids[:, 0] % CLASSES).numpy())
+
+
 def stripe_rows(count: int = 40, *, labelled: bool = True) -> Rows:
     """Images for the network."""
     x, y = stripes(count, seed=3)
@@ -116,11 +148,12 @@ def tune(source: Any = None, *, seed: int = 0, step: CountedStep | None = None, 
         source: Rows or a loader; None: forty rows.
         seed: Of the training and of torch's own generator.
         step: What is told of progress.
-        options: Of ``tuning_of``; and ``program``, ``heads``, ``reads``.
+        options: Of ``tuning_of``; and ``program``, ``heads``, ``reads``, ``notes``.
     """
     program = options.pop("program", None) or small_program()
     heads, reads = linear_heads(program)
     heads, reads = options.pop("heads", heads), options.pop("reads", reads)
+    notes = options.pop("notes", None)
     tuning = tuning_of(**options)
     data = TrainingData(stripe_rows() if source is None else source, tuple(program.inputs))
     with torch.random.fork_rng(devices=[]):
@@ -128,7 +161,7 @@ def tune(source: Any = None, *, seed: int = 0, step: CountedStep | None = None, 
         extent = data.count(tuning.batch_size)
         return train_jointly(
             program, heads, reads, data.for_model(program), extent, tuning, seed=seed,
-            step=CountedStep() if step is None else step,  # type: ignore[arg-type]
+            step=CountedStep() if step is None else step, notes=notes,  # type: ignore[arg-type]
         )  # fmt: skip
 
 

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,10 +22,20 @@ from torch import Tensor
 
 from exitcompiler.errors import TrainingError
 
-__all__ = ["FILE", "Checkpoint", "read_checkpoint", "read_notes", "write_checkpoint"]
+__all__ = [
+    "FILE",
+    "Checkpoint",
+    "read_checkpoint",
+    "read_notes",
+    "require_writable_folder",
+    "write_checkpoint",
+]
 
 FILE: Final = "training.safetensors"
 SCHEMA: Final = 1
+
+STALE_SECONDS: Final = 24 * 3600.0
+"""A part of a file that is older was left by a process that was killed."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,20 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
+def require_writable_folder(folder: Path) -> None:
+    """Refuse a folder where nothing can be written, before the work for it; makes it where there is none.
+
+    Raises:
+        TrainingError: It cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write it in place of the last one.
 
@@ -66,7 +93,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{FILE}.part"  # one that a killed process left is written over
+        _clear(folder)
+        handle, name = tempfile.mkstemp(prefix=f".{FILE}.", suffix=".part", dir=folder)
+        os.close(handle)
+        part = Path(name)
         try:
             save_file(tensors, part, metadata=metadata)
             with part.open("rb") as written:
@@ -76,11 +106,23 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             part.unlink(missing_ok=True)
             raise
     except (OSError, SafetensorError) as error:
-        raise TrainingError(
-            f"the checkpoint cannot be written: {error}",
-            where=str(folder),
-            remedy="make room, or give FineTune another checkpoint folder, and run again",
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"the checkpoint cannot be written: {error}",
+        where=str(folder),
+        remedy="make room, or give FineTune another checkpoint folder, and run again",
+    )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left."""
+    for part in folder.glob(f".{FILE}*.part"):
+        with suppress(OSError):
+            if part.stat().st_mtime < time.time() - STALE_SECONDS:
+                part.unlink()
 
 
 def read_checkpoint(folder: Path, run: str) -> Checkpoint | None:
@@ -116,9 +158,7 @@ def read_notes(folder: Path) -> dict[str, Any] | None:
     with _opened(folder) as file:
         if file is None:
             return None
-        notes = _facts(file, folder)["notes"]
-        if not isinstance(notes, dict):
-            raise TypeError("its notes are no object")
+        notes: dict[str, Any] = _facts(file, folder)["notes"]
         return notes
 
 
@@ -151,4 +191,35 @@ def _facts(file: Any, folder: Path) -> dict[str, Any]:
     facts = json.loads(metadata["facts"])
     if not isinstance(facts, dict):
         raise TypeError("its facts are no object")
+    _require_sound(facts)
     return facts
+
+
+def _require_sound(facts: Mapping[str, Any]) -> None:
+    """Check the facts that are read, whatever wrote them.
+
+    Raises:
+        KeyError, TypeError: One is missing, or is not what it should be.
+    """
+    history, sums = facts["history"], facts["sums"]
+    sound = {
+        "run": isinstance(facts["run"], str),
+        **{name: _is_count(facts[name]) for name in ("epoch", "batches", "steps")},
+        "sums": _are_losses(sums),
+        "numbers": isinstance(facts["numbers"], dict),
+        "notes": isinstance(facts["notes"], dict),
+    }
+    sound["history"] = sound["epoch"] and sound["sums"] and isinstance(history, list)
+    sound["history"] = sound["history"] and len(history) == facts["epoch"]
+    sound["history"] = sound["history"] and all(_are_losses(e) and len(e) == len(sums) for e in history)
+    bad = sorted(name for name, is_sound in sound.items() if not is_sound)
+    if bad:
+        raise TypeError(f"{', '.join(bad)} cannot be so")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_losses(values: object) -> bool:
+    return isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)

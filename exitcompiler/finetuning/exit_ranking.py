@@ -20,6 +20,10 @@ FAST_ENOUGH: Final = 2.0
 those half-way from 85 to 89 %), so at the drop asked for frozen ones speak for exits that come too late; sets
 are compared where as many rows leave as shall leave once they are tuned."""
 
+NEARLY: Final = 0.95
+"""Where no set is fast enough at any drop, one that gains as much as this of what the loosest allows has
+to do: further on the earliest exit with the cheapest head would win, whatever it knows."""
+
 SAME: Final = 0.99
 """Sets whose speed-ups differ by less than this are as good as each other; the fewest exits win."""
 
@@ -42,9 +46,9 @@ class JudgedSet:
 def rank_sets(table: ScoreTable, costs: CostModel, limit: float, most: int) -> tuple[list[JudgedSet], float]:
     """All sets of exits: the one to choose first, the others from fast to slow.
 
-    The choice is the set with the fewest exits among those that are about as fast as the fastest. Where
-    no set is fast enough within the limit, as is usual with frozen features, a looser one is taken, until
-    one is.
+    The choice is the set with the fewest exits among those that are about as fast as the fastest. Sets are
+    compared at the tightest drop, from the limit on, at which one of them is fast enough, or nearly as fast
+    as any gets at the loosest: with frozen features the limit itself is rarely enough.
 
     Args:
         table: Scores of one head per exit.
@@ -53,7 +57,8 @@ def rank_sets(table: ScoreTable, costs: CostModel, limit: float, most: int) -> t
         most: How many exits a set may have.
 
     Returns:
-        The sets, those left out that do not keep the accuracy at any threshold tried; and the drop they keep.
+        The sets, those left out that do not keep the accuracy at any threshold tried; and the drop they
+        keep, 1 where none keeps any.
     """
     frontiers = {
         tuple(name for name, _ in exits): [
@@ -63,11 +68,12 @@ def rank_sets(table: ScoreTable, costs: CostModel, limit: float, most: int) -> t
         for exits in exit_sets(table)
         if len(exits) <= most
     }
-    for within in (limit, *(drop for drop in LOOSER if drop > limit)):
-        ranked = _ranked_within(frontiers, within)
-        if ranked and ranked[0].speedup >= FAST_ENOUGH:
-            break
-    ranked = ranked or _ranked_within(frontiers, 1.0)  # where no head knows anything, none keeps a drop
+    at_drops = {drop: _ranked_within(frontiers, drop) for drop in (limit, *LOOSER) if drop >= limit}
+    at_drops = {drop: ranked for drop, ranked in at_drops.items() if ranked}
+    at_drops = at_drops or {1.0: _ranked_within(frontiers, 1.0)}  # no head knows anything
+    enough = min(FAST_ENOUGH, NEARLY * at_drops[max(at_drops)][0].speedup)
+    within = min(drop for drop, ranked in at_drops.items() if ranked[0].speedup >= enough)
+    ranked = at_drops[within]
     about_as_fast = [judged for judged in ranked if judged.speedup >= SAME * ranked[0].speedup]
     best = min(about_as_fast, key=lambda judged: len(judged.exits))
     return [best, *(judged for judged in ranked if judged is not best)], within

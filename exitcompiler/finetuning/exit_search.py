@@ -28,7 +28,7 @@ from exitcompiler.cut_points import CutPoint
 from exitcompiler.data import Extent, Rows, TrainingData
 from exitcompiler.engines import Engines, typed_as
 from exitcompiler.finetuning.exit_ranking import JudgedSet, rank_sets
-from exitcompiler.finetuning.joint_network import backbone_logits
+from exitcompiler.finetuning.joint_network import backbone_logits, class_count
 from exitcompiler.flops import count_flops
 from exitcompiler.heads import deep_head, lower_head
 from exitcompiler.naming import DEEP
@@ -39,7 +39,7 @@ from exitcompiler.progress import Reporter, Step
 from exitcompiler.scores import HeadKey, HeadScores, ScoreTable
 from exitcompiler.settings import DEFAULT_DROP, Settings
 from exitcompiler.topology import Topology
-from exitcompiler.training import FeatureStream, HeadRecipe, train_heads
+from exitcompiler.training import FeatureStream, HeadRecipe, train_at_cuts
 
 __all__ = ["ExitSearch", "search_exits"]
 
@@ -64,6 +64,7 @@ class ExitSearch:
         tried: The chosen set, then the fastest of the others; empty: there was nothing to choose from.
         sets: How many sets were compared.
         within: The accuracy drop that they had to keep.
+        asked: The drop that was asked for, which may be tighter.
         rows: How many rows they were judged on.
         seconds: How long it took.
     """
@@ -72,6 +73,7 @@ class ExitSearch:
     tried: tuple[JudgedSet, ...] = ()
     sets: int = 0
     within: float = 0.0
+    asked: float = 0.0
     rows: int = 0
     seconds: float = 0.0
 
@@ -79,8 +81,8 @@ class ExitSearch:
         """For the report, without the places, which have an entry of their own there."""
         tried = [{**asdict(judged), "exits": list(judged.exits)} for judged in self.tried]
         return {
-            "tried": tried, "sets": self.sets, "within": self.within, "rows": self.rows,
-            "seconds": self.seconds,
+            "tried": tried, "sets": self.sets, "within": self.within, "asked": self.asked,
+            "rows": self.rows, "seconds": self.seconds,
         }  # fmt: skip
 
 
@@ -138,6 +140,7 @@ def search_exits(
         tried=(best, *others[: SHOWN - 1]),
         sets=len(ranked),
         within=within,
+        asked=limit,
         rows=table.rows,
         seconds=time.monotonic() - started,
     )
@@ -148,12 +151,8 @@ def _candidates(program: Program, places: Sequence[Place], sample: Rows) -> list
     cuts = [place.cut for place in places]
     shares = [place.time_share for place in places]
     accuracies = [place.probe_accuracy for place in places]
-    chance = chance_level(sample, _classes(program))
+    chance = chance_level(sample, class_count(program))
     return choose_places(cuts, shares, accuracies, count=CANDIDATES, chance=chance)
-
-
-def _classes(program: Program) -> int:
-    return int(program.entry.values[backbone_logits(program)].shape[1])
 
 
 def _held_out(
@@ -184,18 +183,15 @@ def _trained(
     reporter: Reporter,
 ) -> dict[HeadKey, nn.Module]:
     """A deep head for every cut, trained on about ``ROW_BUDGET`` rows of the frozen network."""
-    logits, classes = backbone_logits(program), _classes(program)
+    classes = class_count(program)
     budget_flops = count_flops(program.entry.body) * recipe.budget_share
     heads = {(cut.name, DEEP): deep_head(cut.spec, classes, budget_flops=budget_flops) for cut in cuts}
-    reads = {(cut.name, DEEP): cut.value for cut in cuts}
-    target = None if extent.labelled else logits
     passes = max(1, min(MOST_PASSES, round(ROW_BUDGET / extent.rows)))
     batches = min(extent.batches, math.ceil(extent.batches * ROW_BUDGET / extent.rows))
-    values = [*reads.values(), *([target] if target else [])]
     with reporter.step(f"training {len(heads)} heads to compare exits", passes * batches) as step:
-        train_heads(
-            FeatureStream.of(program, values), heads, reads, data,
-            epochs=passes, batches=batches, recipe=recipe, seed=seed, step=step, target=target,
+        train_at_cuts(
+            program, cuts, heads, data, epochs=passes, batches=batches, recipe=recipe, seed=seed, step=step,
+            target=None if extent.labelled else backbone_logits(program),
         )  # fmt: skip
     return heads
 
@@ -244,7 +240,7 @@ def _measured(
 ) -> CostModel:
     """Times of segments, heads and gates, as the compiler measures them later."""
     lowered = {
-        key: lower_head(key, head, cut.value, cut.spec, _classes(program))
+        key: lower_head(key, head, cut.value, cut.spec, class_count(program))
         for cut, (key, head) in zip(cuts, heads.items(), strict=True)
     }
     candidates = cast_candidates(chain_candidates(program, cuts, lowered), typed_as(engines.backend))

@@ -6,10 +6,11 @@ import copy
 import operator
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.nn import functional as F  # noqa: N812
 
 from exitcompiler.fx_utils import BodyBuilder, extract_body, nodes_by_name, result_nodes
@@ -18,7 +19,7 @@ from exitcompiler.program import Program, Return
 from exitcompiler.scores import HeadKey
 from exitcompiler.training import head_group
 
-__all__ = ["JointNetwork", "backbone_logits", "frozen_copy"]
+__all__ = ["JointNetwork", "backbone_logits", "class_count", "frozen_copy"]
 
 _EVAL_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _MATRIX_PRODUCTS = {
@@ -30,6 +31,15 @@ _MATRIX_PRODUCTS = {
     torch.ops.aten.mm.default,
 }
 """Whose weights are hidden matrices; embeddings and position tables are not."""
+
+_RECURRENT = {
+    torch.ops.aten.lstm.input,
+    torch.ops.aten.lstm.data,
+    torch.ops.aten.gru.input,
+    torch.ops.aten.gru.data,
+    torch.ops.aten.rnn_tanh.input,
+    torch.ops.aten.rnn_relu.input,
+}
 
 _USUAL_MOMENTUM: Final = 0.1
 """Of torch's batch norms."""
@@ -78,6 +88,11 @@ class JointNetwork(nn.Module):
         answers = [head(values[read]) for head, read in zip(self.heads, self._reads, strict=True)]
         return [*answers, logits]
 
+    def move_to(self, device: torch.device) -> None:
+        """Go on working on a device; ``to`` alone leaves behind what the graph itself makes."""
+        _move(self.backbone, device)
+        self.heads.to(device)
+
     def tuned_program(self) -> Program:
         """The program with weights and statistics as they are now, copied to the CPU."""
         block = self._program.entry
@@ -113,11 +128,18 @@ def backbone_logits(program: Program) -> str:
     return end.values[0]
 
 
-def frozen_copy(program: Program) -> nn.Module:
-    """A one-block program as a module of its own, from its inputs to its logits, that is not trained."""
+def class_count(program: Program) -> int:
+    """How many logits a one-block program returns."""
+    return int(program.entry.values[backbone_logits(program)].shape[1])
+
+
+def frozen_copy(program: Program, device: torch.device) -> nn.Module:
+    """A one-block program on a device, as a module of its own: from its inputs to its logits, not trained."""
     block = program.entry
     body = extract_body(block.body, list(block.params), [backbone_logits(program)])
-    return _trainable(body, freeze_batchnorm=True).eval().requires_grad_(False)
+    copied = _trainable(body, freeze_batchnorm=True)
+    _move(copied, device)
+    return copied.eval().requires_grad_(False)
 
 
 class _BatchNorm(nn.Module):
@@ -153,9 +175,41 @@ def _trainable(body: fx.GraphModule, *, freeze_batchnorm: bool) -> fx.GraphModul
             copies[node] = copies[node.args[0]]  # the first of its results, the only one that inference uses
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.target in _RECURRENT:
+                _let_train(copies[node])
     trainable = fx.GraphModule(holder, graph, class_name="Backbone")
     trainable.graph.lint()
     return trainable
+
+
+def _let_train(node: fx.Node) -> None:
+    """Ask a recurrent layer for what its gradient needs, which cuDNN keeps in training only.
+
+    It is captured as in use, where it drops nothing out, and goes on so.
+    """
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    for name, value in (("train", True), ("dropout", 0.0)):
+        node.update_arg(names.index(name), value)
+
+
+def _move(body: fx.GraphModule, device: torch.device) -> None:
+    """Move a body to a device: its tensors, those it makes itself, and what is shared stays shared."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in body.modules():
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            places.setdefault(id(buffer), []).append((module, name))
+    body.to(device)
+    for (first, first_name), *others in places.values():
+        for module, name in others:
+            setattr(module, name, getattr(first, first_name))
+    for node in body.graph.nodes:
+        node.args = map_aggregate(node.args, lambda value: _there(value, device))
+        node.kwargs = map_aggregate(node.kwargs, lambda value: _there(value, device))
+    body.recompile()
+
+
+def _there(argument: Any, device: torch.device) -> Any:
+    return device if isinstance(argument, torch.device) else argument
 
 
 def _with_state(body: fx.GraphModule, trained: nn.Module) -> fx.GraphModule:
@@ -174,19 +228,23 @@ def _with_state(body: fx.GraphModule, trained: nn.Module) -> fx.GraphModule:
 def _owned(body: fx.GraphModule, source: nn.Module) -> nn.Module:
     """Copies of all tensors that a body uses, as another module has them; what is shared there stays so."""
     holder = nn.Module()
+    paths = dict.fromkeys(str(node.target) for node in body.graph.find_nodes(op="get_attr"))
+    found: dict[str, Tensor] = {path: operator.attrgetter(path)(source) for path in paths}
+    # What is a parameter under one path is trained under all.
+    trained = {_memory(x) for x in found.values() if isinstance(x, nn.Parameter) and x.is_floating_point()}
     shared: dict[tuple[object, ...], nn.Parameter | Tensor] = {}
-    for node in body.graph.find_nodes(op="get_attr"):
-        path = str(node.target)
-        value = operator.attrgetter(path)(source)
-        assert isinstance(value, Tensor)
-        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+    for path, value in found.items():
+        key = _memory(value)
         if key not in shared:
             # Contiguous: an optimiser takes convolutions as matrices, whatever layout the user has them in.
             copied = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            trained = isinstance(value, nn.Parameter) and value.is_floating_point()
-            shared[key] = nn.Parameter(copied) if trained else copied
+            shared[key] = nn.Parameter(copied) if key in trained else copied
         _attach(holder, path, shared[key])
     return holder
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _attach(module: nn.Module, path: str, value: nn.Parameter | Tensor) -> None:

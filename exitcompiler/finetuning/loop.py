@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from exitcompiler.data import Extent, Inputs, Labels, TrainingData
 from exitcompiler.errors import CalibrationError, TrainingError
 from exitcompiler.finetuning.checkpoints import FILE, Checkpoint, read_checkpoint, write_checkpoint
+from exitcompiler.finetuning.devices import device_name, memory_errors, training_device, training_dtype
 from exitcompiler.finetuning.joint_network import JointNetwork, frozen_copy
 from exitcompiler.finetuning.losses import exit_losses
 from exitcompiler.finetuning.mixing import Target, mix_rows
@@ -27,11 +28,14 @@ from exitcompiler.optimizers import MuonAdamW, OptimizerState
 from exitcompiler.program import Program
 from exitcompiler.progress import Step
 from exitcompiler.scores import HeadKey
-from exitcompiler.training import for_speed, supports_bfloat16
+from exitcompiler.training import for_speed
 
-__all__ = ["Tuned", "train_jointly", "training_device"]
+__all__ = ["Tuned", "train_jointly"]
 
 logger = logging.getLogger(__name__)
+
+FULL_PASS: Final = 0.95
+"""A pass with fewer of the batches that were counted is told: the rates' cycle is not gone through."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Tuned:
         resumed_at: How many passes were complete before this call.
         options: How it was trained.
         notes: What was given to be kept with checkpoints.
+        device: What it was trained on, over all calls; None: not known.
+        precision: What was multiplied in, likewise.
     """
 
     program: Program
@@ -55,6 +61,8 @@ class Tuned:
     resumed_at: int
     options: FineTune
     notes: Mapping[str, Any]
+    device: str | None = None
+    precision: str | None = None
 
 
 def train_jointly(
@@ -84,20 +92,23 @@ def train_jointly(
 
     Raises:
         CalibrationError: A batch cannot be used, or none has two rows.
-        TrainingError: The loss is not finite, or a checkpoint cannot be used.
+        TrainingError: The loss is not finite, memory is full, or a checkpoint cannot be used.
     """
-    run = _Run.start(program, heads, reads, data, extent, options, seed, dict(notes or {}))
+    with memory_errors(options, lambda: "fine-tuning"):
+        run = _Run.start(program, heads, reads, data, extent, options, seed, dict(notes or {}))
     resumed_at = run.position.epoch
     step.advance(run.position.epoch * extent.batches + run.position.batches)
     started = time.monotonic()
-    with _notes_on_interruption(options):
+    with _notes_on_interruption(options), memory_errors(options, run.where):
         run.train(step)
-    network = run.network.cpu().eval()
+    network = run.network.eval()
+    network.move_to(torch.device("cpu"))
     tuned = dict(zip(network.keys, network.heads, strict=True))
     seconds = time.monotonic() - started
     return Tuned(
-        network.tuned_program(), tuned, run.position.history, seconds, resumed_at, options, run.notes
-    )
+        network.tuned_program(), tuned, run.position.history, seconds, resumed_at, options, run.notes,
+        run.notes.get("device"), run.notes.get("precision"),
+    )  # fmt: skip
 
 
 @dataclass
@@ -124,10 +135,13 @@ class _Run:
     options: FineTune
     optimizer: MuonAdamW
     device: torch.device
+    dtype: torch.dtype
     order: torch.Generator
     mixing: torch.Generator
     name: str
     notes: dict[str, Any]
+    finite: frozenset[str]
+    """Tensors of the network that were finite before, and have to stay so; a mask, say, is not."""
     position: _Position
 
     @classmethod
@@ -146,10 +160,11 @@ class _Run:
         device = training_device(options.device)
         network = JointNetwork(program, heads, reads, freeze_batchnorm=options.freeze_batchnorm)
         name = _name_of_run(network, extent, options, seed)
-        network.to(device).train()
+        finite = frozenset(path for path, tensor in network.state_dict().items() if _is_finite(tensor))
+        network.train().move_to(device)
         teacher = None
         if options.teacher > 0.0 or not extent.labelled:
-            teacher = frozen_copy(program).to(device)
+            teacher = frozen_copy(program, device)
         steps = options.epochs * -(-extent.batches // options.accumulate)
         optimizer = MuonAdamW(
             network.parameter_groups(
@@ -160,30 +175,59 @@ class _Run:
         order = torch.Generator().manual_seed(seed)
         mixing = torch.Generator().manual_seed(seed + 1)
         run = cls(
-            network, teacher, data, extent, options, optimizer, device, order, mixing, name, notes,
-            _Position(sums=[0.0] * (len(heads) + 1)),
+            network, teacher, data, extent, options, optimizer, device, training_dtype(device, options),
+            order, mixing, name, notes, finite, _Position(sums=[0.0] * (len(heads) + 1)),
         )  # fmt: skip
         found = None if options.folder is None else read_checkpoint(options.folder, name)
-        if found is None:
-            run.save(order.get_state(), torch.get_rng_state())
-        else:
+        if found is not None:
             run.restore(found)
             logger.info("going on after %d complete passes, from %s", found.epoch, options.folder)
+        if run.position.epoch < options.epochs:
+            run.note_machine()
+        if found is None:
+            run.save(order.get_state(), torch.get_rng_state())
         return run
+
+    def note_machine(self) -> None:
+        """Keep with the checkpoints what this call trains on, behind what earlier ones did."""
+        now = {"device": device_name(self.device), "precision": str(self.dtype).removeprefix("torch.")}
+        for name, value in now.items():
+            before = self.notes.get(name)
+            told = before is not None and str(before).rpartition(", then ")[2] == value
+            self.notes[name] = before if told else value if before is None else f"{before}, then {value}"
+
+    def where(self) -> str:
+        """For messages: the pass and batch that it stands at."""
+        epoch, batches = self.position.epoch, self.position.batches
+        if epoch and not batches:
+            return f"fine-tuning, end of pass {epoch}"
+        return f"fine-tuning, pass {epoch + 1}, batch {batches}"
 
     def train(self, step: Step) -> None:
         """All passes that are left."""
-        epochs = self.options.epochs
-        while self.position.epoch < epochs:
+        epochs, position = self.options.epochs, self.position
+        while position.epoch < epochs:
+            began, before = time.monotonic(), position.batches
             self._pass(step)
-            self.position.epoch += 1
-            done = max(self.position.trained, 1)
-            self.position.history.append([total / done for total in self.position.sums])
-            self.position.sums = [0.0] * len(self.position.sums)
-            self.position.batches = self.position.trained = 0
+            in_all = position.batches
+            per_batch = (time.monotonic() - began) / max(in_all - before, 1)
+            position.epoch += 1
+            done = max(position.trained, 1)
+            position.history.append([total / done for total in position.sums])
+            position.sums = [0.0] * len(position.sums)
+            position.batches = position.trained = 0
             self.save(self.order.get_state(), torch.get_rng_state())
-            shown = ", ".join(f"{loss:.3f}" for loss in self.position.history[-1])
-            logger.info("pass %d of %d: losses %s", self.position.epoch, epochs, shown)
+            shown = ", ".join(f"{loss:.3f}" for loss in position.history[-1])
+            left_min = math.ceil((epochs - position.epoch) * in_all * per_batch / 60)
+            logger.info(
+                "pass %d of %d: losses %s; about %d min left", position.epoch, epochs, shown, left_min
+            )
+            if in_all < FULL_PASS * self.extent.batches and position.epoch == 1:
+                logger.warning(
+                    "the first pass had %d batches, and %d were counted (the loader's length, in rows of its "
+                    "first batch): the cycle of learning rates will end early, at a high rate",
+                    in_all, self.extent.batches,
+                )  # fmt: skip
 
     def _pass(self, step: Step) -> None:
         """The rest of one pass over the data."""
@@ -256,19 +300,16 @@ class _Run:
         return answer
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
-        reduced = self.options.mixed_precision and _multiplies_bfloat16(self.device)
+        reduced = self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16) if reduced else nullcontext()
 
     def _diverged(self, what: str) -> TrainingError:
-        position = self.position
-        kept = ""
-        if self.options.folder is not None and (self.options.folder / FILE).is_file():
-            kept = f"; the checkpoint in {self.options.folder} is of before"
-        return TrainingError(
-            f"{what}{kept}",
-            where=f"fine-tuning, pass {position.epoch + 1}, batch {position.batches}",
-            remedy="lower lr and adamw_lr, turn mixed_precision off, or look for extreme values in the rows",
-        )
+        remedy = "lower lr and adamw_lr, turn mixed_precision off, or look for extreme values in the rows"
+        folder = self.options.folder
+        if folder is not None and (folder / FILE).is_file():
+            what += f"; the checkpoint in {folder} is of before"
+            remedy += "; and give another checkpoint folder: that one goes with the present options and rows"
+        return TrainingError(what, where=self.where(), remedy=remedy)
 
     def save(self, order: Tensor, drawing: Tensor) -> None:
         """Write a checkpoint, if one is wanted.
@@ -280,12 +321,13 @@ class _Run:
         Raises:
             TrainingError: The weights are not finite, or it cannot be written.
         """
-        if not all(bool(parameter.isfinite().all()) for parameter in self.network.parameters()):
-            raise self._diverged("the weights are not finite any more")  # and must not be kept
+        state = self.network.state_dict()
+        if not all(_is_finite(state[path]) for path in self.finite):  # and must not be kept
+            raise self._diverged("weights or statistics are not finite any more")
         if self.options.folder is None:
             return
         kept = self.optimizer.state()
-        tensors = {f"network.{path}": tensor for path, tensor in self.network.state_dict().items()}
+        tensors = {f"network.{path}": tensor for path, tensor in state.items()}
         tensors |= {f"optimizer.{path}": tensor for path, tensor in kept.tensors.items()}
         tensors |= {"rng.order": order, "rng.drawing": drawing, "rng.mixing": self.mixing.get_state()}
         position = self.position
@@ -309,39 +351,20 @@ class _Run:
             self.order.set_state(found.tensors["rng.order"])
             torch.set_rng_state(found.tensors["rng.drawing"])
             self.mixing.set_state(found.tensors["rng.mixing"])
-        except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise TrainingError(
                 f"the checkpoint does not fit this version: {error}",
                 where=str(self.options.folder),
                 remedy="train anew in another folder",
             ) from error
+        self.notes |= {name: found.notes[name] for name in ("device", "precision") if name in found.notes}
         self.position = _Position(
             found.epoch, found.batches, found.steps, found.history, found.sums, trained=found.batches
         )
 
 
-def training_device(name: str) -> torch.device:
-    """What to train on: a device by its name, or with ``"auto"`` a GPU where there is one.
-
-    Raises:
-        TrainingError: It is not there, or cannot be used.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise TrainingError(
-            f"the device {name!r} cannot be used: {error}", where="FineTune", remedy="device='cpu' or 'auto'"
-        ) from None
-    return device
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and supports_bfloat16()
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _name_of_run(network: JointNetwork, extent: Extent, options: FineTune, seed: int) -> str:
@@ -363,10 +386,7 @@ def _notes_on_interruption(options: FineTune) -> Iterator[None]:
     except KeyboardInterrupt as interruption:
         if options.folder is None:
             said = "nothing is kept: give a checkpoint folder to be able to go on next time"
-        elif (options.folder / FILE).is_file():
-            said = f"the last checkpoint is in {options.folder}: run the same again to go on from there"
         else:
-            said = "the first checkpoint was not written yet"
-        said = f"fine-tuning was stopped; {said}"
-        interruption.add_note(said)
+            said = f"the last checkpoint is in {options.folder}: run the same again to go on from there"
+        interruption.add_note(f"fine-tuning was stopped; {said}")
         raise

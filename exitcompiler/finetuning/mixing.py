@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from exitcompiler.errors import InputError
 
-__all__ = ["Target", "mix_rows"]
+__all__ = ["Target", "mix_rows", "require_mixable"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,24 @@ class Target:
         return self.share * own + (1.0 - self.share) * other
 
 
+def require_mixable(inputs: Mapping[str, str]) -> None:
+    """Check that rows can be mixed.
+
+    Args:
+        inputs: Name -> dtype, as in ``float32``.
+
+    Raises:
+        InputError: An input is not of floating point.
+    """
+    whole = [name for name, dtype in inputs.items() if not dtype.startswith(("float", "bfloat"))]
+    if whole:
+        raise InputError(
+            f"inputs {whole} cannot be mixed: they are not of floating point",
+            where="FineTune",
+            remedy="mixup=0",
+        )
+
+
 def mix_rows(
     inputs: dict[str, Tensor], labels: Tensor, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], Target]:
@@ -54,13 +73,7 @@ def mix_rows(
     Raises:
         InputError: An input is not of floating point.
     """
-    whole = [name for name, x in inputs.items() if not x.is_floating_point()]
-    if whole:
-        raise InputError(
-            f"inputs {whole} cannot be mixed: they are not of floating point",
-            where="FineTune",
-            remedy="mixup=0",
-        )
+    require_mixable({name: str(x.dtype).removeprefix("torch.") for name, x in inputs.items()})
     share, choice, *place = torch.rand(4, generator=generator).tolist()
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
     tensors = list(inputs.values())

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
+from operator import index
 from pathlib import Path
 from typing import Any, Final
 
 from exitcompiler.errors import InputError
 
-__all__ = ["FineTune"]
+__all__ = ["FineTune", "require_finetune"]
 
+_FEWEST: Final = {"epochs": 1, "batch_size": 2, "accumulate": 1}  # of a single row batch norms know nothing
 _POSITIVE: Final = ("lr", "adamw_lr", "head_lr", "head_adamw_lr", "temperature")
 _SHARES: Final = ("teacher", "self_distillation", "focus", "label_smoothing", "mixup")
-_COUNTS: Final = ("epochs", "batch_size", "accumulate")
+_WEIGHTS: Final = ("weight_decay", "last_weight")
+_SWITCHES: Final = ("freeze_batchnorm", "mixed_precision")
+_DEVICES: Final = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class FineTune:
 
     Args:
         train_data: Rows with the user's own augmentation, forms as for ``compile``; None: ``train_data`` of
-            the call. At least a few thousand; the network's own training rows are right.
+            the call (one of the two, not both). At least a few thousand; the network's own training rows
+            are right.
         epochs: Passes over the data.
         batch_size: Rows per step; a loader's own batches are joined until they have as many.
         accumulate: Batches per step whose gradients are added up, where memory is short: a step then
@@ -56,23 +63,24 @@ class FineTune:
         last_weight: Weight of the network's own end among the losses; every exit has 1.
         checkpoint: A folder: training is kept there, goes on from there, and is not done again once complete.
         checkpoint_minutes: How often to write it, besides after every epoch.
-        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU where there is one.
+        device: ``"cpu"``; ``"cuda"``, or one of several GPUs, ``"cuda:1"``; or ``"auto"``: a GPU where there
+            is one.
         mixed_precision: Multiply in bfloat16 where the device does that faster; weights stay float32.
 
     Raises:
-        InputError: An option makes no sense.
+        InputError: An option makes no sense, or is of another type.
     """
 
     train_data: Any = None
     epochs: int = 20
     batch_size: int = 128
     accumulate: int = 1
-    lr: float = 0.01
+    lr: float = 0.006
     adamw_lr: float = 1e-3
     head_lr: float = 0.05
     head_adamw_lr: float = 4e-3
     weight_decay: float = 0.02
-    freeze_batchnorm: bool = False
+    freeze_batchnorm: bool = True
     label_smoothing: float = 0.0
     teacher: float = 0.0
     self_distillation: float = 0.5
@@ -86,21 +94,53 @@ class FineTune:
     mixed_precision: bool = True
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name}={value!r} is not a positive whole number", where="FineTune")
-        if self.batch_size < 2:
-            raise InputError("batch_size=1 is too small: batch norms need two rows", where="FineTune")
+        for name, fewest in _FEWEST.items():
+            self._require(name, self._whole(name) >= fewest, f"a whole number from {fewest} on")
         for name in _POSITIVE:
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)!r} is not a positive number", where="FineTune")
+            self._require(name, 0.0 < self._number(name) < math.inf, "a positive number")
         for name in _SHARES:
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise InputError(f"{name}={getattr(self, name)!r} is not in 0..1", where="FineTune")
-        for name in ("weight_decay", "last_weight", "checkpoint_minutes"):
-            if not getattr(self, name) >= 0.0:
-                raise InputError(f"{name}={getattr(self, name)!r} is negative", where="FineTune")
+            self._require(name, 0.0 <= self._number(name) <= 1.0, "in 0..1")
+        for name in _WEIGHTS:
+            self._require(name, 0.0 <= self._number(name) < math.inf, "a number from 0 on")
+        self._require("checkpoint_minutes", self._number("checkpoint_minutes") >= 0.0, "a number from 0 on")
+        for name in _SWITCHES:
+            self._require(name, isinstance(getattr(self, name), bool), "True or False")
+        place = self.checkpoint
+        is_path = place is None or (isinstance(place, str | os.PathLike) and place != "")
+        self._require("checkpoint", is_path, "the path of a folder, or None")
+        is_device = isinstance(self.device, str) and _DEVICES.fullmatch(self.device) is not None
+        self._require("device", is_device, "'auto', 'cpu', 'cuda' or, with a number, 'cuda:1'")
+
+    def _whole(self, name: str) -> int:
+        """An option that is a whole number, kept as Python's own."""
+        given = getattr(self, name)
+        if isinstance(given, bool):
+            raise self._refusal(name, "a whole number")
+        try:
+            whole = index(given)
+        except TypeError:
+            raise self._refusal(name, "a whole number") from None
+        object.__setattr__(self, name, whole)
+        return whole
+
+    def _number(self, name: str) -> float:
+        """An option that is a number, kept as Python's own."""
+        given = getattr(self, name)
+        if isinstance(given, bool) or not isinstance(given, Real):
+            raise self._refusal(name, "a number")
+        # 1 is not made 1.0: checkpoints are told apart by how options are written down.
+        number = given if isinstance(given, int) else float(given)
+        object.__setattr__(self, name, number)
+        return number
+
+    def _require(self, name: str, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise self._refusal(name, wanted)
+
+    def _refusal(self, name: str, wanted: str) -> InputError:
+        (default,) = (field.default for field in fields(self) if field.name == name)
+        what = f"{name}={getattr(self, name)!r} is not {wanted}"
+        return InputError(what, where="FineTune", remedy=f"leave it out for the default, {default!r}")
 
     @property
     def folder(self) -> Path | None:
@@ -111,3 +151,20 @@ class FineTune:
         """What decides the outcome, for the report and to tell checkpoints apart."""
         left_out = {"train_data", "checkpoint", "checkpoint_minutes", "device"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+
+
+def require_finetune(given: Any) -> None:
+    """Refuse what is no ``FineTune``, such as True, the class itself, or a dict of options.
+
+    Args:
+        given: By a user, as ``finetune``; None: nothing is tuned.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if given is not None and not isinstance(given, FineTune):
+        raise InputError(
+            f"{given!r} is no FineTune",
+            where="finetune",
+            remedy="give exitcompiler.FineTune(), options in the brackets; or None, to tune nothing",
+        )

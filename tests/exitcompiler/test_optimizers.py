@@ -113,3 +113,20 @@ def test_the_state_of_another_optimiser_is_refused() -> None:
     )
     with pytest.raises((KeyError, ValueError, IndexError)):
         alone.restore(state)
+
+
+@pytest.mark.parametrize("part", ["groups.1", "schedules"])
+def test_a_state_that_says_too_much_or_too_little_is_refused(part: str) -> None:
+    """What a schedule is given it takes for its own attributes, methods included."""
+    net, optimizer = _made()
+    _train(net, optimizer, range(2))
+    for change in ("more", "less"):
+        state = _kept(optimizer.state())
+        entry = state.numbers[part][0]
+        if change == "more":
+            entry["step"] = 1
+        else:
+            entry.popitem()
+        _, other = _made()
+        with pytest.raises(ValueError, match="in one of both only"):
+            other.restore(state)

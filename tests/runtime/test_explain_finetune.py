@@ -88,6 +88,28 @@ def test_durations_are_in_units_that_people_use(seconds: float, said: str) -> No
     assert said in _flat(report)
 
 
+def test_the_drop_that_the_search_was_asked_for_counts_and_not_that_of_a_later_call() -> None:
+    report = _report() | {"settings": {"max_accuracy_drop": 0.05}}
+    report["finetune"]["search"]["asked"] = 0.005
+    assert "more than was asked for" in _flat(report)
+    report["settings"]["max_accuracy_drop"] = 0.005
+    report["finetune"]["search"]["asked"] = 0.05
+    assert "more than was asked for" not in _flat(report)
+
+
+def test_says_if_no_set_kept_the_accuracy_at_all() -> None:
+    report = _report() | {"settings": {"max_accuracy_drop": 0.01}}
+    report["finetune"]["search"]["within"] = 1.0
+    assert "judged on 5,000 training rows, whatever they lose, as none of them kept" in _flat(report)
+    assert "points, in 2 min" not in _flat(report)
+
+
+def test_says_what_it_was_trained_on() -> None:
+    report = _report()
+    report["finetune"] |= {"device": "cuda (a GPU)", "precision": "bfloat16"}
+    assert "over 50,000 rows, in 1.9 h on cuda (a GPU) in bfloat16." in _flat(report)
+
+
 @pytest.mark.parametrize("report", [{}, {"finetune": None}, {"finetune": {}}, {"finetune": {"search": {}}}])
 def test_says_nothing_where_nothing_was_tuned(report: dict[str, Any]) -> None:
     assert finetune_text(report) == ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from exitcompiler.finetuning.checkpoints import (
     Checkpoint,
     read_checkpoint,
     read_notes,
+    require_writable_folder,
     write_checkpoint,
 )
 
@@ -98,8 +101,46 @@ def test_a_write_that_fails_leaves_the_last_one_whole(
 
 def test_a_place_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match="cannot be written"):
-        write_checkpoint(tmp_path / "file", _checkpoint())
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(TrainingError, match="cannot be written"):
+            write_checkpoint(place, _checkpoint())
+        with pytest.raises(TrainingError, match="cannot be written"):
+            require_writable_folder(place)
+
+
+def test_a_folder_is_made_beforehand_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, _checkpoint())
+    for folder in (tmp_path / "new" / "folder", tmp_path):
+        require_writable_folder(folder)
+    assert _left(tmp_path) == ["new", FILE]
+    assert _left(tmp_path / "new" / "folder") == []
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_one_writes_is_not(tmp_path: Path) -> None:
+    stale, young = (tmp_path / f".{FILE}.{name}.part" for name in ("stale", "young"))
+    for part in (stale, young):
+        part.write_bytes(b"half of it")
+    two_days_ago = time.time() - 48 * 3600
+    os.utime(stale, (two_days_ago, two_days_ago))
+    write_checkpoint(tmp_path, _checkpoint())
+    assert _left(tmp_path) == [young.name, FILE]
+    assert read_checkpoint(tmp_path, "a run") is not None
+
+
+def test_two_processes_that_write_at_once_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, within = save_file, []
+
+    def interrupted(tensors: Any, path: Path, metadata: Any) -> None:
+        inner(tensors, path, metadata=metadata)
+        if not within:  # the other one comes in between
+            within.append(path)
+            write_checkpoint(tmp_path, _checkpoint(epoch=1))
+            within.append(path.read_bytes())
+
+    monkeypatch.setattr(checkpoints, "save_file", interrupted)
+    write_checkpoint(tmp_path, _checkpoint())
+    assert (tmp_path / FILE).read_bytes() == within[1]
+    assert _left(tmp_path) == [FILE]
 
 
 def _truncated(path: Path) -> None:
@@ -130,10 +171,29 @@ def _with(facts: str | None) -> Callable[[Path], None]:
     return write
 
 
+def _with_fact(**changed: object) -> Callable[[Path], None]:
+    """A file that is whole, and says something that cannot be."""
+    return _with(json.dumps({**_facts_of(_checkpoint()), **changed}))
+
+
+def _facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {name: value for name, value in vars(checkpoint).items() if name != "tensors"}
+
+
+def test_the_facts_that_damages_start_from_are_sound(tmp_path: Path) -> None:
+    _with_fact()(tmp_path / FILE)
+    assert read_checkpoint(tmp_path, "a run") is not None
+
+
 DAMAGES = {
     "truncated": _truncated, "cut in its header": _cut_in_its_header, "empty": _empty, "pickled": _pickled,
     "torch.save": _torch_saved, "no facts": _with(None), "facts are no JSON": _with("{run"),
     "facts are a list": _with("[1]"), "facts are missing": _with('{"run": "a run"}'),
+    "its passes are no number": _with_fact(epoch="2"), "passes below 0": _with_fact(epoch=-1),
+    "a pass without losses": _with_fact(epoch=3), "batches are no number": _with_fact(batches=True),
+    "losses of another number of exits": _with_fact(sums=[1.0]), "no losses": _with_fact(history=[[1], "a"]),
+    "a loss is not finite": _with_fact(sums=[1.0, float("nan")]), "notes are a list": _with_fact(notes=[]),
+    "numbers are none": _with_fact(numbers=None), "steps are a float": _with_fact(steps=1.5),
     "facts are unknown": _with(json.dumps({**vars(_checkpoint()), "tensors": None, "more": 1})),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from score_tables import make_costs, make_table
 from exitcompiler.baselines import shared_threshold
 from exitcompiler.costs import CostModel
 from exitcompiler.evaluation import Evaluation
-from exitcompiler.finetuning.exit_ranking import FAST_ENOUGH, LOOSER, SAME, rank_sets
+from exitcompiler.finetuning.exit_ranking import FAST_ENOUGH, LOOSER, NEARLY, SAME, rank_sets
 from exitcompiler.scores import HeadScores, ScoreTable
 
 
@@ -75,28 +75,55 @@ def test_exits_that_cost_more_are_ranked_behind() -> None:
     assert ranked[-1].exits == best
 
 
-@pytest.mark.parametrize(("last_us", "enough"), [(2000.0, True), (200.0, False)])
-def test_a_drop_within_which_too_little_is_gained_gives_way_to_a_looser_one(
-    last_us: float, enough: bool
-) -> None:
+def _best(table: ScoreTable, costs: CostModel, drop: float) -> float:
+    """The greatest speed-up of any set within a drop; 0 where none keeps it."""
+    sets = [chosen for size in (1, 2, 3) for chosen in combinations(table.exits, size)]
+    points = [point for chosen in sets for point in _points(table, costs, chosen)]
+    return max((costs.whole_us / p.mean_us for p in points if p.accuracy_drop <= drop), default=0.0)
+
+
+@pytest.mark.parametrize("last_us", [100.0, 1000.0])
+@pytest.mark.parametrize("limit", [0.0, 0.05, 0.3])
+def test_sets_are_compared_at_the_tightest_drop_that_gains_enough(limit: float, last_us: float) -> None:
     table = _table()
     costs = CostModel((100.0, 100.0, 100.0, last_us), dict.fromkeys(table.heads, 0.0))
-    ranked, within = rank_sets(table, costs, 0.0, 1)
-    assert (ranked[0].speedup >= FAST_ENOUGH) == enough
-    assert enough or within == LOOSER[-1]
-    for drop in [0.0, *(drop for drop in LOOSER if drop < within)]:
-        for judged in ranked:
-            fitting = [p for p in _points(table, costs, judged.exits) if p.accuracy_drop <= drop]
-            assert all(costs.whole_us / p.mean_us < FAST_ENOUGH for p in fitting)
+    ranked, within = rank_sets(table, costs, limit, 3)
+    drops = [limit, *(drop for drop in LOOSER if drop > limit)]
+    enough = min(FAST_ENOUGH, NEARLY * _best(table, costs, drops[-1]))
+    assert within in drops
+    assert ranked[0].speedup >= SAME * enough
+    assert all(_best(table, costs, drop) < enough for drop in drops if drop < within)
+
+
+def test_a_drop_between_is_found_where_one_gains_enough() -> None:
+    table = _table()
+    costs = CostModel((100.0, 100.0, 100.0, 4000.0), dict.fromkeys(table.heads, 0.0))
+    assert _best(table, costs, LOOSER[-1]) > 2 * FAST_ENOUGH
+    assert 0.0 < rank_sets(table, costs, 0.0, 3)[1] < LOOSER[-1]
+
+
+def test_where_nothing_is_fast_and_little_is_gained_by_loss_the_limit_is_kept() -> None:
+    """A heavy stem: the cheapest head at the first exit would win at 20 points, by next to nothing."""
+    table = _table()
+    costs = CostModel((10_000.0, 100.0, 100.0, 100.0), dict.fromkeys(table.heads, 0.0))
+    ranked, within = rank_sets(table, costs, 0.01, 3)
+    assert within == 0.01
+    assert all(judged.accuracy_drop <= 0.01 for judged in ranked)
+    assert ranked[0].speedup < _best(table, costs, LOOSER[-1])
 
 
 def test_a_drop_that_gains_enough_is_kept() -> None:
     table = _table()
-    assert rank_sets(table, make_costs(table, gate_us=0.0, head_us=0.0), 0.2, 3)[1] == 0.2
+    costs = CostModel((10.0, 10.0, 10.0, 10_000.0), dict.fromkeys(table.heads, 0.0))
+    assert _best(table, costs, 0.05) >= FAST_ENOUGH
+    assert _best(table, costs, 0.2) > 1.1 * _best(table, costs, 0.05)  # a looser one would gain more
+    assert rank_sets(table, costs, 0.05, 3)[1] == 0.05
 
 
 def test_heads_that_know_nothing_are_ranked_all_the_same() -> None:
     table = _table(exits=2)
     blank = {key: HeadScores(*key, np.zeros_like(scores.logits)) for key, scores in table.heads.items()}
-    ranked, _ = rank_sets(replace(table, heads=blank), make_costs(table), 0.01, 2)
+    ranked, within = rank_sets(replace(table, heads=blank), make_costs(table), 0.01, 2)
     assert len(ranked) == 3
+    assert within == 1.0
+    assert all(judged.accuracy_drop > LOOSER[-1] for judged in ranked)

@@ -178,7 +178,7 @@ def test_a_latency_budget_compares_within_the_default_drop(monkeypatch: pytest.M
 def test_where_there_is_nothing_to_choose_nothing_is_trained(
     probes: tuple[float, ...], chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(exit_search, "train_heads")
+    monkeypatch.delattr(exit_search, "train_at_cuts")
     places = [replace(place, probe_accuracy=p) for place, p in zip(_places(2), probes, strict=True)]
     found = _search(_rows(400, seed=3), places)
     assert sum(place.chosen for place in found.places) == chosen
@@ -192,3 +192,4 @@ def test_what_the_report_gets_is_json() -> None:
     assert json.loads(json.dumps(entry)) == entry
     assert entry["tried"][0]["exits"] == list(found.tried[0].exits)
     assert entry["sets"] == found.sets
+    assert (entry["asked"], entry["within"]) == (0.01, found.within)

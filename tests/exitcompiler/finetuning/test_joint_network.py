@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
-from joint_samples import linear_heads, small_network, small_program, stripe_rows
+from joint_samples import (
+    linear_heads,
+    reading_program,
+    small_network,
+    small_program,
+    stripe_rows,
+    token_rows,
+)
 from models import CLASSES, ZOO, captured, images
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from trained import stripes
 
 from exitcompiler.capture import capture
-from exitcompiler.finetuning.joint_network import JointNetwork, backbone_logits
+from exitcompiler.finetuning.joint_network import JointNetwork, backbone_logits, frozen_copy
 from exitcompiler.fx_utils import extract_body
 from exitcompiler.optimizers import MuonAdamW, ParameterGroup
 from exitcompiler.program import Program
@@ -206,10 +215,10 @@ def test_a_shared_tensor_under_two_paths_is_one_parameter() -> None:
 
 def _with_shared(program: Program, paths: list[str]) -> Program:
     body = copy.deepcopy(program.entry.body)
-    first = body.get_parameter(paths[0])
+    first = operator.attrgetter(paths[0])(body)
     for path in paths[1:]:
         parent, _, name = path.rpartition(".")
-        body.get_submodule(parent).register_parameter(name, first)
+        setattr(body.get_submodule(parent), name, first)
     return program.with_blocks({program.entry.name: replace(program.entry, body=body)})
 
 
@@ -251,3 +260,81 @@ def test_a_model_in_another_memory_layout_can_be_trained() -> None:
     network = _joint(capture(module, rows).program, heads=0)
     _train(network, rows)
     torch.testing.assert_close(_answer(network.tuned_program(), rows), network(*rows.values())[-1])
+
+
+META = torch.device("meta")
+
+
+def _made(module: nn.Module) -> set[str]:
+    """Devices of the tensors that graphs in a module make themselves."""
+    graphs = [part.graph for part in module.modules() if isinstance(part, fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes]
+    leaves = [leaf for node in nodes for leaf in pytree.tree_leaves((node.args, node.kwargs))]
+    return {leaf.type for leaf in leaves if isinstance(leaf, torch.device)}
+
+
+def _held(module: nn.Module) -> set[str]:
+    """Devices of its tensors."""
+    return {tensor.device.type for tensor in module.state_dict().values()}
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "windows", "densenet", "reader"])
+def test_on_another_device_nothing_is_left_behind(name: str) -> None:
+    program = reading_program() if name == "reader" else captured(name).program
+    inputs = token_rows(3).inputs if name == "reader" else ZOO[name].inputs(3, 3)
+    network, teacher = _joint(program, heads=0).train(), frozen_copy(program, META)
+    made = _made(network)
+    assert made == ({"cpu"} if name in ("reader", "bert") else made)
+    network.move_to(META)
+    there = [x.to(META) for x in inputs.values()]
+    for module in (network, teacher):
+        assert _held(module) == {"meta"}
+        assert _made(module) == ({"meta"} if made else set())
+    assert (_held(program.entry.body), _made(program.entry.body)) == ({"cpu"}, made)  # not moved along
+    for (answer,) in (network(*there), teacher(*there)):
+        assert answer.device == META
+        assert answer.shape[0] == 3
+
+
+def test_heads_go_along_to_another_device() -> None:
+    network = _joint(small_program(), classes=4)
+    network.move_to(META)
+    answers = network(*(x.to(META) for x in stripe_rows(4).inputs.values()))
+    assert [answer.device for answer in answers] == [META] * 3
+
+
+def test_recurrent_layers_keep_what_their_gradients_need_and_drop_nothing_out() -> None:
+    rows = token_rows(6).inputs
+    network = _joint(reading_program(), heads=0).train()
+    (layer,) = network.backbone.graph.find_nodes(  # type: ignore[union-attr, operator]
+        op="call_function", target=torch.ops.aten.gru.input
+    )
+    names = [argument.name for argument in layer.target._schema.arguments]
+    said = dict(zip(names, layer.args, strict=True))
+    assert (said["train"], said["dropout"]) == (True, 0.0)
+    torch.testing.assert_close(network(*rows.values())[0], network(*rows.values())[0], rtol=0, atol=0)
+    torch.testing.assert_close(network(*rows.values())[0].detach(), _answer(reading_program(), rows))
+
+
+def test_a_shared_buffer_stays_shared_on_another_device() -> None:
+    program = small_program()
+    body = program.entry.body
+    paths = [str(n.target) for n in body.graph.find_nodes(op="get_attr") if "running_mean" in str(n.target)]
+    network = _joint(_with_shared(program, paths), heads=0)
+    network.move_to(META)
+    first, second = (network.backbone.get_buffer(path) for path in paths)
+    assert first is second
+
+
+def test_what_is_a_parameter_under_one_path_is_trained_under_all() -> None:
+    program = small_program()
+    body = copy.deepcopy(program.entry.body)
+    first, second = (
+        str(n.target) for n in body.graph.find_nodes(op="get_attr") if str(n.target).endswith("norm.bias")
+    )
+    parent, _, name = first.rpartition(".")
+    delattr(body.get_submodule(parent), name)
+    body.get_submodule(parent).register_buffer(name, body.get_parameter(second).detach())
+    joined = program.with_blocks({program.entry.name: replace(program.entry, body=body)})
+    network = _joint(joined, heads=0)
+    assert network.backbone.get_parameter(first) is network.backbone.get_parameter(second)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from joint_samples import (
     CountedStep,
     NoisyLoader,
     linear_heads,
+    reading_program,
     same_state,
     small_program,
     state_of,
     stripe_rows,
+    token_rows,
     tune,
     tuning_of,
 )
@@ -32,6 +35,7 @@ from trained import stripes
 
 from exitcompiler.data import Extent, Rows, TrainingData
 from exitcompiler.errors import CalibrationError, InputError, TrainingError
+from exitcompiler.finetuning import loop
 from exitcompiler.finetuning.checkpoints import FILE, read_checkpoint, write_checkpoint
 from exitcompiler.finetuning.joint_network import backbone_logits
 from exitcompiler.finetuning.loop import train_jointly
@@ -104,6 +108,33 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_stopped(
     assert step.batches == 3 * BATCHES
 
 
+class _Augmented(torch.utils.data.Dataset[Any]):
+    """Rows whose noise a loader's workers draw."""
+
+    def __init__(self) -> None:
+        self.rows = stripe_rows()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        assert self.rows.labels is not None
+        return self.rows.inputs["image"][index] + torch.randn(1, 16, 16), int(self.rows.labels[index])
+
+
+def test_an_interrupted_training_goes_on_with_a_loader_that_has_workers(tmp_path: Path) -> None:
+    def loader() -> Any:
+        return torch.utils.data.DataLoader(_Augmented(), batch_size=BATCH, shuffle=True, num_workers=1)
+
+    whole = tune(loader())
+    kept: dict[str, Any] = {"checkpoint": tmp_path, "checkpoint_minutes": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        tune(loader(), step=CountedStep(BATCHES + 3), **kept)
+    resumed = tune(loader(), **kept)
+    assert resumed.resumed_at == 1
+    assert same_state(resumed, whole)
+
+
 def test_it_goes_on_from_the_end_of_a_pass(tmp_path: Path) -> None:
     whole = tune(epochs=3)
     with pytest.raises(KeyboardInterrupt):
@@ -152,9 +183,29 @@ def test_the_checkpoint_of_another_training_is_not_gone_on_from(
         tune(checkpoint=tmp_path, **other)
 
 
-def test_where_it_runs_and_how_often_it_is_kept_may_change(tmp_path: Path) -> None:
-    first = tune(checkpoint=tmp_path, device="cpu")
-    assert same_state(first, tune(checkpoint=tmp_path, device="auto", checkpoint_minutes=1.0))
+def test_where_it_runs_and_how_often_it_is_kept_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tune(epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        tune(epochs=3, step=CountedStep(BATCHES + 2), checkpoint=tmp_path, checkpoint_minutes=60.0)
+    asked: list[str] = []
+
+    def elsewhere(name: str) -> torch.device:
+        asked.append(name)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(loop, "training_device", elsewhere)
+    monkeypatch.setattr(loop, "device_name", lambda device: "another one")
+    step = CountedStep()
+    resumed = tune(epochs=3, step=step, checkpoint=tmp_path, checkpoint_minutes=0.0, device="cuda:1")
+    assert asked == ["cuda:1"]
+    assert resumed.resumed_at == 1
+    assert len(step.notes) == 2 * BATCHES  # it did train
+    assert same_state(resumed, whole)
+    assert (resumed.device, whole.device) == ("cpu, then another one", "cpu")
+    again = tune(epochs=3, checkpoint=tmp_path)
+    assert (again.device, again.precision) == ("cpu, then another one", "float32")
 
 
 def test_the_checkpoint_of_another_network_is_not_gone_on_from(tmp_path: Path) -> None:
@@ -187,10 +238,10 @@ class _BreaksDown(LinearHead):
         return super().forward(features) * (math.inf if self.calls > 6 else 1.0)
 
 
-def _breaking_heads() -> dict[Any, nn.Module]:
+def _breaking_heads(kind: type[_BreaksDown] = _BreaksDown) -> dict[Any, nn.Module]:
     heads, _ = linear_heads(small_program())
     (first, _), (second, head) = heads.items()
-    breaking = _BreaksDown.__new__(_BreaksDown)
+    breaking = kind.__new__(kind)
     breaking.__dict__.update(head.__dict__)
     return {first: heads[first], second: breaking}
 
@@ -208,8 +259,93 @@ def test_a_loss_that_is_not_finite_is_told_by_exit_pass_and_batch(tmp_path: Path
     assert stopped.value.remedy is not None
     assert "lower lr" in stopped.value.remedy
     assert "checkpoint" not in said
-    with pytest.raises(TrainingError, match=r"checkpoint in .* is of before"):
+    with pytest.raises(TrainingError, match=r"checkpoint in .* is of before") as stopped:
         tune(heads=_breaking_heads(), checkpoint=tmp_path)
+    assert "another checkpoint folder" in str(stopped.value.remedy)
+
+
+class _OverflowingStatistics(_BreaksDown):
+    """Its statistics overflow in the last batch of the first pass; its answers do not."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.calls += 1
+        answer = LinearHead.forward(self, features)
+        if self.calls == BATCHES:
+            self.norm.running_var.data.fill_(math.inf)
+        return answer
+
+
+def test_statistics_that_are_not_finite_are_not_kept_and_the_pass_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="statistics are not finite") as stopped:
+        tune(heads=_breaking_heads(_OverflowingStatistics), checkpoint=tmp_path)
+    assert stopped.value.where == "fine-tuning, end of pass 1"
+    for path, tensor in load_file(tmp_path / FILE).items():
+        assert not tensor.is_floating_point() or tensor.isfinite().all(), path
+
+
+def test_what_was_infinite_before_may_stay_so(tmp_path: Path) -> None:
+    """A mask, for one; and a recurrent layer drops nothing out while it is trained."""
+    options: dict[str, Any] = {"program": reading_program(), "heads": {}, "reads": {}, "teacher": 0.0}
+    tuned = tune(token_rows(), epochs=8, lr=0.02, adamw_lr=0.02, checkpoint=tmp_path, **options)
+    assert tuned.history[-1][0] < 0.9 * tuned.history[0][0]
+    assert (tmp_path / FILE).is_file()
+
+
+FULL = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 99 bytes\nand so on"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(FULL)])
+def test_full_memory_is_told_with_what_to_do(
+    error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loop, "exit_losses", fail)
+    for options in ({}, {"checkpoint": tmp_path}):
+        with pytest.raises(TrainingError, match=r"memory is full: .*memory[^\n]*\n") as stopped:
+            tune(accumulate=3, **options)
+        assert stopped.value.where == "fine-tuning, pass 1, batch 1"
+        assert "batch_size=4 and accumulate=6" in str(stopped.value.remedy)
+        assert ("another checkpoint folder" in str(stopped.value.remedy)) == bool(options)
+
+
+def test_other_errors_of_torch_are_not_taken_for_full_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "exit_losses", lambda *given: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        tune()
+
+
+def test_the_log_says_how_long_it_will_take(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [0.0]
+
+    class Slow(CountedStep):
+        def advance(self, count: float = 1, *, note: str | None = None) -> None:
+            clock[0] += 90.0 * count
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with caplog.at_level("INFO", "exitcompiler"):
+        tune(epochs=3, step=Slow())
+    said = [record.message.rpartition("; ")[2] for record in caplog.records if "pass" in record.message]
+    assert said == ["about 15 min left", "about 8 min left", "about 0 min left"]
+
+
+class _Optimist(NoisyLoader):
+    """Says that it has more batches than it gives."""
+
+    def __len__(self) -> int:
+        return super().__len__() + 2
+
+
+def test_a_loader_that_gives_less_than_it_says_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    tune(NoisyLoader())
+    assert not caplog.records
+    tune(_Optimist())
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"the first pass had {BATCHES} batches, and {BATCHES + 1} were counted" in record.message
 
 
 def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
@@ -322,14 +458,14 @@ def test_a_network_for_tokens_is_tuned_and_its_tokens_are_not_mixed() -> None:
 
 
 def test_half_precision_multiplies_and_full_precision_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exitcompiler.finetuning.loop.supports_bfloat16", lambda: True)
+    monkeypatch.setattr("exitcompiler.finetuning.devices.supports_bfloat16", lambda: True)
     full, mixed = tune(), tune(mixed_precision=True)
+    assert (full.precision, mixed.precision, mixed.device) == ("float32", "bfloat16", "cpu")
     assert {tensor.dtype for tensor in state_of(mixed).values()} == {torch.float32, torch.int64}
     assert not same_state(full, mixed)
     np.testing.assert_allclose(mixed.history, full.history, rtol=0.05)
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    for name in ("cuda:99", "nonsense"):
-        with pytest.raises(TrainingError, match=f"device '{name}' cannot be used"):
-            tune(device=name)
+    with pytest.raises(TrainingError, match="device 'cuda:99' cannot be used"):
+        tune(device="cuda:99")
