@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -12,6 +12,7 @@ from exitcompiler.costs import CostModel
 from exitcompiler.data import RowSplit
 from exitcompiler.evaluation import Evaluation, evaluate, undominated
 from exitcompiler.findings import Findings, place_entry
+from exitcompiler.finetuning.options import FineTune
 from exitcompiler.fitting import Fitted
 from exitcompiler.flops import count_flops
 from exitcompiler.frontier import trade_offs
@@ -66,9 +67,17 @@ class CascadeFindings(Findings):
             "edges": [[names[a], names[b]] for a, b in sorted(edges)],
         }
 
+    def asked_to_tune(self, tunings: Mapping[str, FineTune | None]) -> None:
+        """How each network was to be tuned, by name; the report has None where none was."""
+        if any(tunings.values()):
+            self._report["settings"]["finetune"] = {
+                name: None if tuning is None else dict(tuning.as_dict()) for name, tuning in tunings.items()
+            }
+
     def fitted_network(self, name: str, fitted: Fitted) -> None:
         """Where a network could have exits, and which of these places got heads."""
         self._head_flops |= {(f"{name}/{at}", kind): count for (at, kind), count in fitted.head_flops.items()}
+        self._notes += [f"{name}: {remark}" for remark in fitted.remarks]
         if fitted.rows:
             self._report["rows"]["fit"] = fitted.rows
         places = [place_entry(place) for place in fitted.places]

@@ -14,7 +14,7 @@ import networkx as nx
 from torch import nn
 from torch.export import ExportedProgram
 
-from exitcompiler.calibration import peek
+from exitcompiler.calibration import peek, require_apart
 from exitcompiler.candidates import cast_candidates
 from exitcompiler.cascade_findings import CascadeFindings
 from exitcompiler.cascade_program import Member, cascade_program
@@ -22,13 +22,14 @@ from exitcompiler.compiler import (
     Details,
     measure,
     read_and_split,
-    require_training_data,
+    require_training_device,
     training_data,
+    training_source,
 )
 from exitcompiler.delivery import Delivery
 from exitcompiler.engines import lowerer_for, typed_as
 from exitcompiler.errors import InputError
-from exitcompiler.finetuning.options import FineTune
+from exitcompiler.finetuning.options import FineTune, require_finetune
 from exitcompiler.fitting import Fitted, fit_exits
 from exitcompiler.input_transforms import Transform
 from exitcompiler.naming import OWN
@@ -48,6 +49,7 @@ __all__ = ["CascadeOptions", "cascade", "cascade_in_detail"]
 logger = logging.getLogger(__name__)
 
 Edges: TypeAlias = "nx.DiGraph[Any] | Iterable[tuple[int | str, int | str]]"
+Tuning: TypeAlias = FineTune | Sequence[FineTune | None] | None
 
 
 def cascade(
@@ -69,7 +71,7 @@ def cascade(
     logits: str | int | None = None,
     max_exits: int = 1,
     recipe: HeadRecipe | None = None,
-    finetune: FineTune | Sequence[FineTune | None] | None = None,
+    finetune: Tuning = None,
     dump: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> CompiledModel:
@@ -90,7 +92,8 @@ def cascade(
         names: One per network; by default the class's or the file's name, numbered where it comes twice.
         transforms: Per network a function or module from the cascade's input tensors to its own (another
             size, another normalisation), or None; captured into the program.
-        train_data: Rows to fit exit heads on, with ``early_exits``.
+        train_data: Rows to fit exit heads on, with ``early_exits``; with ``finetune`` networks are trained on
+            them as well.
         early_exits: Let every network have exits of its own.
         max_accuracy_drop: How much accuracy may be lost against the reference, net, 0 to 1; 0.01 (one
             point) by default.
@@ -105,7 +108,9 @@ def cascade(
         recipe: How exit heads are trained.
         finetune: Train networks together with their exits, with ``early_exits``: one for each, None where a
             network stays as it is; or one for all, whose checkpoints then have a folder for each network.
-            Accuracy drops still count from the reference as it is given.
+            Each is trained on ``train_data``, or on its own ``FineTune(train_data=...)``; where all have
+            their own, ``train_data`` is not given. Accuracy drops still count from the reference as it
+            is given.
         dump: A folder for the program's text before and after every pass that changes it.
         progress: Show progress bars; None: on a terminal only.
 
@@ -152,7 +157,7 @@ class CascadeOptions:
     transforms: Sequence[Transform | None] | None = None
     logits: str | int | None = None
     early_exits: bool = False
-    finetune: FineTune | Sequence[FineTune | None] | None = None
+    finetune: Tuning = None
 
 
 def cascade_in_detail(
@@ -184,15 +189,22 @@ class _Cascade:
     def run(self, models: Sequence[Any], calib_data: Any, train_data: Any) -> Details:
         started = time.monotonic()
         settings, reporter = self.settings, self.reporter
+        listed = _listed(self.options.finetune, len(models))
+        data_of = _sources(train_data, calib_data, listed)
         calib_data, example = peek(calib_data)
         networks, edges, given = self._capture(models, example)
         wholes = [network.program for network in networks]
         reference = networks[-1]
         tunings = _tunings(self.options.finetune, given)
-        sources = {name: require_training_data(train_data, tunings[name]) for name in given}
-        fits_heads = self.options.early_exits and any(source is None for source in sources.values())
+        sources = dict(zip(given, data_of, strict=True))
+        fits_heads = self.options.early_exits and any(source is None for source in data_of)
         rows, split = read_and_split(calib_data, reference.program, settings, with_training=not fits_heads)
+        trained_on = {
+            name: training_data(sources[name], rows, split, reference.program, tunings[name])
+            for name in (given if self.options.early_exits else ())
+        }
         findings = CascadeFindings(networks, edges, settings, split)
+        findings.asked_to_tune(tunings)
         findings.seconds = reporter.seconds
         with reporter.step("lowering the reference network"):
             engines, times_us = fastest_plain(
@@ -203,9 +215,8 @@ class _Cascade:
         learn = rows.take(split.learn)
         fitted: dict[str, Fitted] = {}
         for network in networks if self.options.early_exits else ():
-            data = training_data(sources[network.name], rows, split, reference.program)
-            tuning = replace(settings, finetune=tunings[network.name])
-            fitted[network.name] = fit_exits(network.program, data, learn, engines, tuning, reporter)
+            data, own = trained_on[network.name], replace(settings, finetune=tunings[network.name])
+            fitted[network.name] = fit_exits(network.program, data, learn, engines, own, reporter)
             findings.fitted_network(network.name, fitted[network.name])
         uncast = cascade_program([_member(network, fitted) for network in networks], edges)
         candidates = cast_candidates(uncast, typed_as(engines.backend))
@@ -214,7 +225,10 @@ class _Cascade:
         table, costs = measure(candidates, wholes, learn, engines, settings, reporter, original)
         for network, whole in zip(networks, wholes, strict=True):
             if _is_tuned(network, fitted):
-                before = plain_logits(whole, engines, learn).argmax(axis=1) == table.targets
+                before = table.reference_correct  # the table has no answers of others as they were given
+                if network is not reference:
+                    with reporter.step(f"scoring {network.name} as it was given"):
+                        before = plain_logits(whole, engines, learn).argmax(axis=1) == table.targets
                 after = table.correct((network.name, OWN))
                 findings.tuned_network(network.name, fitted[network.name], after, before)
         selection = select_points(candidates, table, costs, engines, learn, settings, reporter)
@@ -258,29 +272,75 @@ def _is_tuned(network: Network, fitted: Mapping[str, Fitted]) -> bool:
     return network.name in fitted and fitted[network.name].tuned is not None
 
 
-def _tunings(
-    finetune: FineTune | Sequence[FineTune | None] | None, names: Sequence[str]
-) -> dict[str, FineTune | None]:
-    """How each network is tuned, by name; None: not at all.
+def _listed(finetune: Tuning, count: int) -> list[FineTune | None]:
+    """How each network is tuned, in the order that they were given in; None: not at all.
+
+    Args:
+        finetune: As the user gave it.
+        count: Of networks.
+
+    Raises:
+        InputError: It is no ``FineTune``; there is not one for each; or two have one checkpoint folder,
+            where the second would find, after hours, the training of the first.
+    """
+    if not isinstance(finetune, Sequence) or isinstance(finetune, str | bytes):
+        require_finetune(finetune)
+        return [finetune] * count
+    for tuning in finetune:
+        require_finetune(tuning)
+    if len(finetune) != count:
+        raise InputError(
+            f"finetune has {len(finetune)} entries for {count} networks",
+            where="finetune",
+            remedy="give one for each, None where a network stays as it is; or one FineTune for all",
+        )
+    folders = [tuning.folder.resolve() for tuning in finetune if tuning is not None and tuning.folder]
+    twice = sorted({str(folder) for folder in folders if folders.count(folder) > 1})
+    if twice:
+        raise InputError(
+            f"several networks have the same checkpoint folder: {', '.join(twice)}",
+            where="finetune",
+            remedy="give another folder for each; or one FineTune for all, which makes a folder for each",
+        )
+    return list(finetune)
+
+
+def _tunings(finetune: Tuning, names: Sequence[str]) -> dict[str, FineTune | None]:
+    """How each network is tuned, by name; of one for all each gets a checkpoint folder of its own.
 
     Args:
         finetune: As the user gave it.
         names: Of the networks, in the order that they were given in.
 
     Raises:
-        InputError: There is not one for each.
+        InputError: As ``_listed``.
     """
-    if finetune is None:
-        return dict.fromkeys(names)
-    if isinstance(finetune, FineTune):
-        folder = finetune.folder
-        return {
-            name: finetune if folder is None else replace(finetune, checkpoint=folder / name)
-            for name in names
-        }
-    if len(finetune) != len(names):
-        raise InputError(
-            f"finetune has {len(finetune)} entries for {len(names)} networks",
-            remedy="give one for each, None where a network stays as it is; or one FineTune for all",
-        )
-    return dict(zip(names, finetune, strict=True))
+    tunings = dict(zip(names, _listed(finetune, len(names)), strict=True))
+    if isinstance(finetune, FineTune) and finetune.folder is not None:
+        return {name: replace(finetune, checkpoint=finetune.folder / name) for name in names}
+    return tunings
+
+
+def _sources(train_data: Any, calib_data: Any, tunings: Sequence[FineTune | None]) -> list[Any]:
+    """What each network, or its heads alone, are trained on; None: nothing is given.
+
+    Args:
+        train_data: As the user gave it: for all that have no data of their own.
+        calib_data: As the user gave it.
+        tunings: How each network is tuned.
+
+    Raises:
+        InputError: One that is tuned has no data; or ``train_data`` is for none, as all have their own.
+        CalibrationError: A network would be tuned on calibration data.
+        TrainingError: A device to train on cannot be used.
+    """
+    own = [tuning is not None and tuning.train_data is not None for tuning in tunings]
+    sources = [
+        training_source(None if has and not all(own) else train_data, tuning)
+        for tuning, has in zip(tunings, own, strict=True)
+    ]
+    for tuning, source in zip(tunings, sources, strict=True):
+        require_training_device(tuning)
+        if tuning is not None:
+            require_apart(calib_data, source)
+    return sources

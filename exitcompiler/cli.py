@@ -90,6 +90,7 @@ def compile_command(
     mixup: tuning.MixupOption = None,
     checkpoint: tuning.CheckpointOption = None,
     device: tuning.DeviceOption = None,
+    tune: tuning.TuneOption = None,
     max_drop: options.MaxDropOption = None,
     latency_budget_ms: options.LatencyBudgetOption = None,
     backend: options.BackendOption = "auto",
@@ -111,8 +112,8 @@ def compile_command(
 
     options.require_one_target(max_drop, latency_budget_ms)
     tuned = tuning.read_finetune(
-        finetune, train, epochs=epochs, batch_size=train_batch_size, accumulate=accumulate, lr=lr,
-        freeze_batchnorm=freeze_batchnorm, mixup=mixup, checkpoint=checkpoint, device=device,
+        finetune, train, calib, tune, epochs=epochs, batch_size=train_batch_size, accumulate=accumulate,
+        lr=lr, freeze_batchnorm=freeze_batchnorm, mixup=mixup, checkpoint=checkpoint, device=device,
     )  # fmt: skip
     preprocessing = options.read_preprocessing(mean, std, image_size)
     loading.require_place(output)
@@ -159,6 +160,7 @@ def cascade_command(
     mixup: tuning.MixupOption = None,
     checkpoint: tuning.CheckpointOption = None,
     device: tuning.DeviceOption = None,
+    tune: tuning.TuneOption = None,
     max_drop: options.MaxDropOption = None,
     latency_budget_ms: options.LatencyBudgetOption = None,
     backend: options.BackendOption = "auto",
@@ -183,9 +185,9 @@ def cascade_command(
         options.require_one_per_network(option, given, len(models))
     edges = options.read_edges(edge or [], name or [])
     tuned = tuning.read_finetune(
-        finetune, train, has_exits=early_exits, epochs=epochs, batch_size=train_batch_size,
-        accumulate=accumulate, lr=lr, freeze_batchnorm=freeze_batchnorm, mixup=mixup,
-        checkpoint=checkpoint, device=device,
+        finetune, train, calib, tune, has_exits=early_exits, epochs=epochs,
+        batch_size=train_batch_size, accumulate=accumulate, lr=lr, freeze_batchnorm=freeze_batchnorm,
+        mixup=mixup, checkpoint=checkpoint, device=device,
     )  # fmt: skip
     preprocessing = options.read_preprocessing(mean, std, image_size)
     loading.require_place(output)

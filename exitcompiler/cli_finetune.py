@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -22,6 +24,7 @@ __all__ = [
     "LearningRateOption",
     "MixupOption",
     "TrainBatchSizeOption",
+    "TuneOption",
     "read_finetune",
 ]
 
@@ -103,7 +106,17 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="What to train on: cpu, cuda, or auto: a GPU where there is one.",
+        help="What to train on: cpu, cuda (cuda:1, ...), or auto: a GPU where there is one.",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+TuneOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tune",
+        metavar="NAME=VALUE",
+        help="Any other option of FineTune by its name there, such as teacher=0.5; once for each.",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -121,15 +134,30 @@ _OPTIONS: Final = {
 }
 """Field of ``FineTune`` -> the option that sets it."""
 
+_SAID: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_READERS: Final[dict[type, tuple[Callable[[str], Any], str]]] = {
+    bool: (lambda text: _SAID[text.lower()], "true or false"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+}
+
 
 def read_finetune(
-    wanted: bool, train: str | None, *, has_exits: bool = True, **given: Any
+    wanted: bool,
+    train: str | None,
+    calib: str,
+    tune: Sequence[str] | None,
+    *,
+    has_exits: bool = True,
+    **given: Any,
 ) -> FineTune | None:
     """How the network is to be trained together with its exits; None: not at all.
 
     Args:
         wanted: Whether ``--finetune`` was given.
         train: DATA of ``--train``; None: none.
+        calib: DATA of ``--calib``.
+        tune: Of ``--tune``, NAME=VALUE each; None: none.
         has_exits: Whether networks get exits.
         given: Field of ``FineTune`` -> as given on the command line; None: the default.
 
@@ -140,14 +168,49 @@ def read_finetune(
 
     said = {name: value for name, value in given.items() if value is not None}
     if not wanted:
-        if said:
-            raise typer.BadParameter(f"{_OPTIONS[next(iter(said))]} goes with --finetune")
+        if said or tune:
+            option = _OPTIONS[next(iter(said))] if said else "--tune"
+            raise typer.BadParameter(f"{option} goes with --finetune")
         return None
     if train is None:
         raise typer.BadParameter("--finetune needs --train: the rows that the network was trained on")
+    if _is_same(train, calib):
+        raise typer.BadParameter(
+            "--train and --calib are the same: a tuned network is too sure of rows that it was trained on "
+            "for gates to be learned on them; hold some out of --train, for --calib"
+        )
     if not has_exits:
         raise typer.BadParameter("--finetune goes with --early-exits: without, there is nothing to tune for")
+    for text in tune or ():
+        name, value = _read_tuned(text)
+        if name in said:
+            raise typer.BadParameter(f"{name} is given twice, the second time by --tune {text}")
+        said[name] = value
     try:
         return FineTune(**said)
     except InputError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def _is_same(train: str, calib: str) -> bool:
+    """Whether two DATA are the same factory, or the same file or folder."""
+    return train == calib or (Path(train).exists() and Path(train).resolve() == Path(calib).resolve())
+
+
+def _read_tuned(text: str) -> tuple[str, Any]:
+    """The field of ``FineTune`` that NAME=VALUE sets, and the value, of the type that the field has.
+
+    Raises:
+        BadParameter: There is no such field, or the value is of another type.
+    """
+    from exitcompiler.finetuning.options import FineTune
+
+    defaults: dict[str, object] = {f.name: f.default for f in fields(FineTune) if f.name != "train_data"}
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or name not in defaults:
+        raise typer.BadParameter(f"--tune {text}: give NAME=VALUE, and NAME is one of {', '.join(defaults)}")
+    read, wanted = _READERS.get(type(defaults[name]), (str, "text"))
+    try:
+        return name, read(value)
+    except (KeyError, ValueError):
+        raise typer.BadParameter(f"--tune {text}: {name} is {wanted}") from None

@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import nn
 from torch.export import ExportedProgram
 
-from exitcompiler.calibration import peek, require_fit, require_rows
+from exitcompiler.calibration import peek, require_apart, require_fit, require_rows, require_unseen
 from exitcompiler.candidates import Candidates, cast_candidates
 from exitcompiler.capture import capture
 from exitcompiler.costs import CostModel
@@ -22,7 +22,9 @@ from exitcompiler.delivery import Delivery
 from exitcompiler.engines import Engines, lowerer_for, typed_as
 from exitcompiler.errors import InputError
 from exitcompiler.findings import Findings
-from exitcompiler.finetuning.loop import training_device
+from exitcompiler.finetuning.checkpoints import require_writable_folder
+from exitcompiler.finetuning.devices import training_device
+from exitcompiler.finetuning.mixing import require_mixable
 from exitcompiler.finetuning.options import FineTune
 from exitcompiler.fitting import Fitted, fit_exits
 from exitcompiler.placement import Place
@@ -45,8 +47,9 @@ __all__ = [
     "measure",
     "model_name",
     "read_and_split",
-    "require_training_data",
+    "require_training_device",
     "training_data",
+    "training_source",
 ]
 
 logger = logging.getLogger(__name__)
@@ -90,7 +93,8 @@ def compile(
             labels) of arrays or tensors, a DataLoader or any iterable of (x, y) batches, or of x alone:
             without labels the target is agreement with the model. Several inputs: a dict by name.
         train_data: Rows to fit heads on, in the same forms; the model's own training rows will do. By
-            default a share of ``calib_data`` is used.
+            default a share of ``calib_data`` is used. With ``finetune`` the network is trained on them as
+            well, and they are needed.
         max_accuracy_drop: How much accuracy may be lost against the model as it is given, net, 0 to 1;
             0.01 (one point) by default.
         latency_budget_ms: Instead: the mean latency of a call to keep, in milliseconds.
@@ -104,7 +108,8 @@ def compile(
         logits: Which output holds the logits, for a model with several: its key or its index.
         max_exits: How many places get deep heads before gates decide.
         recipe: How heads are trained on the frozen network.
-        finetune: Train the network and its exits together instead, on ``train_data`` or rows of its own.
+        finetune: Train the network and its exits together instead, on ``train_data``, or on
+            ``FineTune(train_data=...)``; not both are given.
         dump: A folder for the program's text before and after every pass that changes it.
         progress: Show progress bars; None: on a terminal only.
 
@@ -190,13 +195,16 @@ class _Compilation:
     def run(self, model: Any, calib_data: Any, train_data: Any, logits: str | int | None) -> Details:
         started = time.monotonic()
         settings, reporter = self.settings, self.reporter
-        train_data = require_training_data(train_data, settings.finetune)
+        train_data = training_source(train_data, settings.finetune)
+        require_training_device(settings.finetune)
+        if settings.finetune is not None:
+            require_apart(calib_data, train_data)
         calib_data, example = peek(calib_data)
         with reporter.step("capturing the model"):
             captured = capture(model, example, logits=logits)
         program = captured.program
         rows, split = read_and_split(calib_data, program, settings, with_training=train_data is not None)
-        data = training_data(train_data, rows, split, program)
+        data = training_data(train_data, rows, split, program, settings.finetune)
         findings = Findings(model_name(model), program, settings, split)
         findings.seconds = reporter.seconds
         with reporter.step("lowering the plain model"):
@@ -257,34 +265,69 @@ def read_and_split(
     return rows, split
 
 
-def training_data(train_data: Any, rows: Rows, split: RowSplit, program: Program) -> TrainingData:
-    """What heads are fitted on: the data given, or the calibration rows set aside for it."""
+def training_data(
+    train_data: Any, rows: Rows, split: RowSplit, program: Program, finetune: FineTune | None
+) -> TrainingData:
+    """What heads, or the network with them, are trained on: the data given, or calibration rows set aside.
+
+    Raises:
+        CalibrationError: The data cannot be used; or a network would be tuned on its calibration rows.
+        InputError: Inputs cannot be mixed.
+        TrainingError: Checkpoints cannot be written.
+    """
+    if finetune is not None:  # what can be told now need not wait for hours
+        if finetune.mixup:
+            require_mixable({name: spec.dtype for name, spec in program.inputs.items()})
+        if finetune.folder is not None:
+            require_writable_folder(finetune.folder)
     if train_data is None:
         data = TrainingData(rows.take(split.fit), tuple(program.inputs))
     else:
         data = read_training_data(train_data, list(program.inputs), minimum=100)
-    return data.for_model(program)
+    data = data.for_model(program)
+    if finetune is not None:
+        require_unseen(rows, data)
+    return data
 
 
-def require_training_data(train_data: Any, finetune: FineTune | None) -> Any:
-    """What is trained on: fine-tuning's own data, where it has some.
+def training_source(train_data: Any, finetune: FineTune | None) -> Any:
+    """What is trained on: the call's training data, or fine-tuning's own.
+
+    Args:
+        train_data: As given to the call; None: nothing.
+        finetune: Perhaps with data of its own; None: heads alone are trained.
+
+    Returns:
+        The data as a user gives it; None: there is none, and none is needed.
 
     Raises:
-        InputError: There is none, and calibration rows are too few, and too precious, to fine-tune on.
-        TrainingError: The device to train on cannot be used.
+        InputError: There are both; or there is neither, and calibration rows are too few, and too
+            precious, to fine-tune on.
     """
-    if finetune is None:
-        return train_data
-    training_device(finetune.device)  # one that is missing is told before anything slow
-    if finetune.train_data is not None:
-        return finetune.train_data
-    if train_data is None:
+    own = None if finetune is None else finetune.train_data
+    if own is not None and train_data is not None:
+        raise InputError(
+            "training data are given twice, by train_data= and by FineTune(train_data=...)",
+            where="finetune",
+            remedy="give one of them: heads and network are trained on the same rows",
+        )
+    if finetune is not None and own is None and train_data is None:
         raise InputError(
             "fine-tuning needs training data, and none is given",
             where="finetune",
             remedy="give train_data=..., the rows that the network was trained on",
         )
-    return train_data
+    return train_data if own is None else own
+
+
+def require_training_device(finetune: FineTune | None) -> None:
+    """See that there is what a network is to be trained on, before anything slow.
+
+    Raises:
+        TrainingError: The device cannot be used.
+    """
+    if finetune is not None:
+        training_device(finetune.device)
 
 
 def measure(
@@ -309,8 +352,11 @@ def measure(
     """
     with reporter.step("lowering segments and heads"):
         costs = measure_costs(candidates, wholes, engines, learn, settings.batch_size)
-    with reporter.step("scoring calibration rows", len(learn)) as step:
-        before = None if original is None else plain_logits(original, engines, learn)
+    with reporter.step("scoring calibration rows", len(learn) * (1 if original is None else 2)) as step:
+        before = None
+        if original is not None:
+            before = plain_logits(original, engines, learn)
+            step.advance(len(learn))
         return score_rows(candidates, engines, learn, step, before), costs
 
 

@@ -71,6 +71,13 @@ class Findings:
 
     def refuse(self, reason: str) -> None:
         """Say why the plain engine is the result."""
+        lost = -(self._report.get("finetune") or {}).get("moved", {}).get("value", 0.0)
+        limit = self._settings.drop_limit
+        if limit is not None and lost > limit:
+            reason += (
+                f"; tuning alone cost the network {100 * lost:.2f} points, {100 * limit:.2f} are allowed: "
+                "try a lower lr, frozen batch norms, or more passes"
+            )
         self._report["refused"] = reason
 
     def chose_backend(self, name: str, times_us: Mapping[str, float]) -> None:
@@ -82,6 +89,7 @@ class Findings:
     def fitted(self, fitted: Fitted) -> None:
         """Where exits could stand, and which of these places got heads."""
         self._head_flops |= fitted.head_flops
+        self._notes += fitted.remarks
         if fitted.rows:
             self._report["rows"]["fit"] = fitted.rows
         self._report["exits"] = [place_entry(place) for place in fitted.places]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from exitcompiler.errors import InputError
-from exitcompiler.finetuning.options import FineTune
+from exitcompiler.finetuning.options import FineTune, require_finetune
 from exitcompiler.training import HeadRecipe
 
 __all__ = ["Settings"]
@@ -54,6 +54,7 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}={value!r} is not a positive whole number")
+        require_finetune(self.finetune)
 
     @property
     def drop_limit(self) -> float | None:

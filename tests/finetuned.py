@@ -47,7 +47,7 @@ def tuning_of(**changed: Any) -> FineTune:
     """One short pass; rates that do no harm."""
     options = {
         "epochs": 1, "batch_size": 64, "lr": 0.005, "adamw_lr": 5e-4, "head_lr": 0.05, "head_adamw_lr": 4e-3,
-        "mixed_precision": False, "device": "cpu",
+        "mixed_precision": False, "device": "cpu", "freeze_batchnorm": False,
     }  # fmt: skip
     return FineTune(**{**options, **changed})
 

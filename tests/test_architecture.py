@@ -257,7 +257,8 @@ def test_what_a_user_may_say_about_fine_tuning_needs_no_torch() -> None:
         "exitcompiler.errors"
     }
     assert {i.imported for i in EXTERNAL if i.importer == "exitcompiler.finetuning.options"} <= {
-        "__future__", "collections.abc", "dataclasses", "math", "os", "pathlib", "typing",
+        "__future__", "collections.abc", "dataclasses", "math", "numbers", "operator", "os", "pathlib", "re",
+        "typing",
     }  # fmt: skip
 
 

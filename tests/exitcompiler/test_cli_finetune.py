@@ -35,13 +35,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with networks and rows."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tuned_factories.py").write_text(FACTORIES)
-    x, y = stripes(320, seed=2)
-    np.savez(tmp_path / "data.npz", x=x, y=y)
+    for name, rows, seed in (("data.npz", 320, 2), ("train.npz", 320, 3)):
+        x, y = stripes(rows, seed=seed)
+        np.savez(tmp_path / name, x=x, y=y)
     return tmp_path
 
 
 def call(
-    command: tuple[str, ...], *arguments: object, train: str | None = "data.npz", before: str = ""
+    command: tuple[str, ...], *arguments: object, train: str | None = "train.npz", before: str = ""
 ) -> Any:
     given = (*command, "--calib", "data.npz", "-o", "out.exit", *arguments)
     data = () if train is None else ("--train", train)
@@ -91,6 +92,28 @@ def test_what_is_asked_for_is_passed_on(command: tuple[str, ...], seen: dict[str
     assert seen["finetune"] == FineTune(freeze_batchnorm=False)
 
 
+RARE = {
+    "adamw_lr": 2e-3, "head_lr": 0.1, "head_adamw_lr": 5e-3, "weight_decay": 0.0, "label_smoothing": 0.1,
+    "teacher": 0.25, "self_distillation": 0.75, "temperature": 3.0, "focus": 0.5, "last_weight": 2.0,
+    "checkpoint_minutes": 1.5, "mixed_precision": False, "epochs": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [COMPILE, (*CASCADE, "--early-exits")], ids=["compile", "cascade"])
+def test_whatever_has_no_option_of_its_own_is_set_by_its_name(
+    command: tuple[str, ...], seen: dict[str, Any]
+) -> None:
+    given = [part for name, value in RARE.items() for part in ("--tune", f"{name}={str(value).lower()}")]
+    result = call(command, "--finetune", "--lr", 0.02, *given)
+    assert result.exit_code == 0, result.stderr
+    assert seen["finetune"] == FineTune(lr=0.02, **RARE)
+    # Of the same types too: checkpoints are told apart by how options are written down.
+    assert json.dumps(seen["finetune"].as_dict()) == json.dumps(FineTune(lr=0.02, **RARE).as_dict())
+    for said, meant in (("True", True), ("on", True), ("no", False)):
+        assert call(command, "--finetune", "--tune", f"freeze_batchnorm = {said}").exit_code == 0
+        assert seen["finetune"] == FineTune(freeze_batchnorm=meant)
+
+
 @pytest.mark.parametrize("command", [COMPILE, (*CASCADE, "--early-exits")], ids=["compile", "cascade"])
 @pytest.mark.parametrize(
     ("arguments", "train", "message"),
@@ -105,10 +128,23 @@ def test_what_is_asked_for_is_passed_on(command: tuple[str, ...], seen: dict[str
         (("--mixup", 0), "data.npz", "--mixup goes with"),
         (("--checkpoint", "kept"), "data.npz", "--checkpoint goes with"),
         (("--device", "cpu"), "data.npz", "--device goes with"),
-        (("--finetune", "--lr", 0), "data.npz", "lr=0.0 is not a positive number"),
-        (("--finetune", "--epochs", 0), "data.npz", "--epochs"),
-        (("--finetune", "--mixup", 1.5), "data.npz", "--mixup"),
-        (("--finetune", "--checkpoint", "data.npz"), "data.npz", "--checkpoint"),
+        (("--finetune", "--lr", 0), "train.npz", "lr=0.0 is not a positive number"),
+        (("--tune", "teacher=0.5"), "data.npz", "--tune goes with --finetune"),
+        (("--finetune",), "data.npz", "--train and --calib are the same"),
+        (("--finetune",), "./data.npz", "--train and --calib are the same"),
+        (("--finetune", "--tune", "teacher"), "train.npz", "give NAME=VALUE"),
+        (("--finetune", "--tune", "pupil=1"), "train.npz", "one of epochs, batch_size"),
+        (("--finetune", "--tune", "train_data=1"), "train.npz", "one of epochs, batch_size"),
+        (("--finetune", "--tune", "teacher=much"), "train.npz", "teacher is a number"),
+        (("--finetune", "--tune", "epochs=1.5"), "train.npz", "epochs is a whole number"),
+        (("--finetune", "--tune", "mixed_precision=2"), "train.npz", "mixed_precision is true or false"),
+        (("--finetune", "--tune", "teacher=1.5"), "train.npz", "teacher=1.5 is not in 0..1"),
+        (("--finetune", "--tune", "lr=1", "--lr", 1), "train.npz", "lr is given twice"),
+        (("--finetune", "--tune", "focus=1", "--tune", "focus=0"), "train.npz", "focus is given twice"),
+        (("--finetune", "--device", "tpu"), "train.npz", "device='tpu' is not 'auto', 'cpu', 'cuda'"),
+        (("--finetune", "--epochs", 0), "train.npz", "--epochs"),
+        (("--finetune", "--mixup", 1.5), "train.npz", "--mixup"),
+        (("--finetune", "--checkpoint", "data.npz"), "train.npz", "--checkpoint"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_loaded(
