@@ -6,7 +6,7 @@
 #   make test-all   the slow tests too
 #   make bench      the CIFAR-10 benchmark: make bench DATA=folder WEIGHTS=folder
 #   make bench-cascade  that of cascades, likewise
-#   make bench-finetune  that of fine-tuned exits, likewise: five hours, most of them training
+#   make bench-finetune  that of fine-tuned exits, likewise: an hour and a quarter on two cores, most of it training
 #   make zoo        which networks of torchvision, timm and transformers compile (docs/zoo.md): two hours
 #   make bench-budgets  how often `exitcompiler check` is right: two hours on an idle machine
 #   make gpu-check  on a machine with a GPU: tests and figures, nothing is installed (docs/gpu.md)
