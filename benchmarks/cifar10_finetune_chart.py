@@ -80,9 +80,11 @@ def _draw_networks(axes: Axes, rows: Iterable[Mapping[str, Any]]) -> None:
                 markerfacecolor=STATIC if group is given else "white",
                 label=None if number else f"networks {kind}",
             )  # fmt: skip
+            # A tuned network lies close to the one that it comes from: one name beside, the other below.
+            place, side = ((6, 4), "left") if group is given else ((0, -16), "center")
             axes.annotate(
-                row["name"].removesuffix(", no exits"), (x, y), (0, -14 if group is given else 7),
-                textcoords="offset points", ha="center", fontsize=8.5, color=INK,
+                row["name"].removesuffix(", no exits"), (x, y), place,
+                textcoords="offset points", ha=side, fontsize=8.5, color=INK,
             )  # fmt: skip
 
 
