@@ -27,7 +27,7 @@ EDITABLE := --config-settings editable_mode=strict
 SOURCES := $(sort $(wildcard exitcompiler/*.py exitcompiler/py.typed exitcompiler/templates/* exitcompiler/budgets/*.py exitcompiler/finetuning/*.py passes/*.py runtime/*.py runtime/*.cu))
 
 # Tests of a file stay together, since what they have in common is made once; one thread each.
-WORKERS ?= -n 2 --dist loadfile
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 DATA ?=
 WEIGHTS ?=
