@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
 import textwrap
@@ -240,3 +241,22 @@ def test_onnxruntime_sessions_can_share_one_thread_pool() -> None:
         env={"PYTHONPATH": ":".join(sys.path), "PATH": ""},
         timeout=60,
     )
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("openvino") or not hasattr(signal, "SIGUSR1"), reason="needs both"
+)
+def test_signals_are_handled_after_a_backend_was_freed_on_another_thread() -> None:
+    script = """
+        import gc, os, signal, threading
+        from exitcompiler.runtime.backends import create_backend
+        handled = []
+        signal.signal(signal.SIGUSR1, lambda *given: handled.append(given))
+        kept = [create_backend("openvino", threads=1)]
+        thread = threading.Thread(target=lambda: (kept.clear(), gc.collect()))
+        thread.start()
+        thread.join()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert len(handled) == 1
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=60)
