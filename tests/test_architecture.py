@@ -24,8 +24,8 @@ LAYERS = {package.rpartition(".")[2] for package in FOLDERS.values()}
 
 # Modules that put the parts together: nothing below may import them at import time.
 COMPOSING = {
-    "__main__", "check_tables", "cli", "cli_check", "cli_finetune", "cli_loading", "cli_options",
-    "cli_tables", "demo", "compiler", "cascades",
+    "__main__", "auto_precision", "check_tables", "cli", "cli_check", "cli_finetune", "cli_loading",
+    "cli_options", "cli_tables", "demo", "compiler", "cascades",
 }  # fmt: skip
 
 # Imports inside functions that cross a boundary on purpose, importer -> imported.
@@ -39,7 +39,7 @@ LAZY = {
 
 # Package -> the modules that may import it; what is not listed is free for the compiler's modules.
 ONLY_IN = {
-    "onnxruntime": {"exitcompiler.runtime.onnxruntime_backend"},
+    "onnxruntime": {"exitcompiler.calibrated_scales", "exitcompiler.runtime.onnxruntime_backend"},
     "openvino": {"exitcompiler.runtime.openvino_backend"},
     "cuda": {"exitcompiler.runtime.cuda_calls", "exitcompiler.runtime.cuda_kernels"},
     "jinja2": {"exitcompiler.report"},
@@ -61,6 +61,7 @@ ONLY_IN = {
         "exitcompiler.progress",
     },
     "onnx": {
+        "exitcompiler.calibrated_scales",
         "exitcompiler.onnx_branches",
         "exitcompiler.onnx_utils",
         "exitcompiler.passes.lower_to_onnx",
