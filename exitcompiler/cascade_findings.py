@@ -14,12 +14,14 @@ from exitcompiler.evaluation import Evaluation, evaluate, undominated
 from exitcompiler.findings import Findings, place_entry
 from exitcompiler.finetuning.options import FineTune
 from exitcompiler.fitting import Fitted
+from exitcompiler.float_layers import Settled
 from exitcompiler.flops import count_flops
 from exitcompiler.frontier import trade_offs
 from exitcompiler.naming import OWN
 from exitcompiler.networks import Network
 from exitcompiler.packaging import point_name
 from exitcompiler.policies import Leave, LinearRule, Policy
+from exitcompiler.quantization_findings import settled_entry, settled_sentence
 from exitcompiler.scores import BoolArray, ScoreTable
 from exitcompiler.selection import Built, Selection
 from exitcompiler.settings import Settings
@@ -73,6 +75,12 @@ class CascadeFindings(Findings):
             self._report["settings"]["finetune"] = {
                 name: None if tuning is None else dict(tuning.as_dict()) for name, tuning in tunings.items()
             }
+
+    def quantized_network(self, name: str, settled: Settled) -> None:
+        """How a network, not the reference, was quantised."""
+        entry = settled_entry(settled)
+        self._report.setdefault("quantized_networks", {})[name] = entry
+        self._notes.append(f"{name} in int8: {settled_sentence(settled)}")
 
     def fitted_network(self, name: str, fitted: Fitted) -> None:
         """Where a network could have exits, and which of these places got heads."""

@@ -14,34 +14,30 @@ import networkx as nx
 from torch import nn
 from torch.export import ExportedProgram
 
-from exitcompiler.calibration import peek, require_apart
-from exitcompiler.candidates import cast_candidates
+from exitcompiler.calibration import peek
 from exitcompiler.cascade_findings import CascadeFindings
 from exitcompiler.cascade_program import Member, cascade_program
-from exitcompiler.compiler import (
-    Details,
-    measure,
-    read_and_split,
-    require_training_device,
-    training_data,
-    training_source,
-)
+from exitcompiler.cascade_tunings import Tuning, listed_tunings, named_tunings, training_sources
+from exitcompiler.compiler import Details, measure, references_of
+from exitcompiler.data import Rows
 from exitcompiler.delivery import Delivery
-from exitcompiler.engines import lowerer_for, typed_as
+from exitcompiler.engines import Engines, typed_as
 from exitcompiler.errors import InputError
-from exitcompiler.finetuning.options import FineTune, require_finetune
 from exitcompiler.fitting import Fitted, fit_exits
+from exitcompiler.float_layers import settle
 from exitcompiler.input_transforms import Transform
 from exitcompiler.naming import OWN
 from exitcompiler.network_order import order_networks, topology_edges
 from exitcompiler.networks import Network, read_networks
+from exitcompiler.preparation import read_and_split, training_data
 from exitcompiler.progress import Reporter, reporting
+from exitcompiler.quantization import Quantizer
 from exitcompiler.runtime.backends import Backend
 from exitcompiler.runtime.compiled import CompiledModel
-from exitcompiler.scoring import plain_logits
+from exitcompiler.scoring import float_logits, plain_logits
 from exitcompiler.selection import select_points
-from exitcompiler.settings import Settings
-from exitcompiler.targets import candidate_backends, fastest_plain
+from exitcompiler.settings import DEFAULT_DROP, Settings
+from exitcompiler.targets import Target, candidate_backends, choose_target
 from exitcompiler.training import HeadRecipe
 
 __all__ = ["CascadeOptions", "cascade", "cascade_in_detail"]
@@ -49,7 +45,6 @@ __all__ = ["CascadeOptions", "cascade", "cascade_in_detail"]
 logger = logging.getLogger(__name__)
 
 Edges: TypeAlias = "nx.DiGraph[Any] | Iterable[tuple[int | str, int | str]]"
-Tuning: TypeAlias = FineTune | Sequence[FineTune | None] | None
 
 
 def cascade(
@@ -64,7 +59,7 @@ def cascade(
     max_accuracy_drop: float | None = None,
     latency_budget_ms: float | None = None,
     backend: str = "auto",
-    precision: str = "fp32",
+    precision: str | Sequence[str] = "fp32",
     batch_size: int = 1,
     threads: int | None = None,
     seed: int = 0,
@@ -99,7 +94,8 @@ def cascade(
             point) by default.
         latency_budget_ms: Instead: the mean latency of a call to keep, in milliseconds.
         backend: As for ``compile``.
-        precision: As for ``compile``.
+        precision: As for ``compile``; or one for each network, ``"int8"`` or ``"fp32"``: the same network may
+            come twice, first in int8 and then, for the doubtful rows, in float32.
         batch_size: Rows per call that costs are measured at; any size runs.
         threads: Threads per call; None: as many as this process may use.
         seed: Of everything that is random.
@@ -131,7 +127,7 @@ def cascade(
         max_accuracy_drop=max_accuracy_drop,
         latency_budget_ms=latency_budget_ms,
         backend=backend,
-        precision=precision,
+        precision=_overall(precision, len(networks)),
         batch_size=batch_size,
         threads=threads,
         seed=seed,
@@ -144,7 +140,8 @@ def cascade(
             "train_data, recipe and finetune are for exits, and networks get none",
             remedy="early_exits=True, or leave them out",
         )
-    options = CascadeOptions(edges, names, transforms, logits, early_exits, finetune)
+    precisions = None if isinstance(precision, str) else tuple(precision)
+    options = CascadeOptions(edges, names, transforms, logits, early_exits, finetune, precisions)
     return cascade_in_detail(networks, calib_data, train_data, settings, options, progress).compiled
 
 
@@ -158,6 +155,7 @@ class CascadeOptions:
     logits: str | int | None = None
     early_exits: bool = False
     finetune: Tuning = None
+    precisions: Sequence[str] | None = None
 
 
 def cascade_in_detail(
@@ -189,13 +187,12 @@ class _Cascade:
     def run(self, models: Sequence[Any], calib_data: Any, train_data: Any) -> Details:
         started = time.monotonic()
         settings, reporter = self.settings, self.reporter
-        listed = _listed(self.options.finetune, len(models))
-        data_of = _sources(train_data, calib_data, listed)
+        listed = listed_tunings(self.options.finetune, len(models))
+        data_of = training_sources(train_data, calib_data, listed)
         calib_data, example = peek(calib_data)
         networks, edges, given = self._capture(models, example)
-        wholes = [network.program for network in networks]
         reference = networks[-1]
-        tunings = _tunings(self.options.finetune, given)
+        tunings = named_tunings(self.options.finetune, given)
         sources = dict(zip(given, data_of, strict=True))
         fits_heads = self.options.early_exits and any(source is None for source in data_of)
         rows, split = read_and_split(calib_data, reference.program, settings, with_training=not fits_heads)
@@ -206,23 +203,23 @@ class _Cascade:
         findings = CascadeFindings(networks, edges, settings, split)
         findings.asked_to_tune(tunings)
         findings.seconds = reporter.seconds
-        with reporter.step("lowering the reference network"):
-            engines, times_us = fastest_plain(
-                reference.program, rows, self.backends, lowerer_for(self.backends), settings.batch_size
-            )
-        plain_us = times_us[engines.backend.name]
-        findings.chose_backend(engines.backend.name, times_us)
         learn = rows.take(split.learn)
+        target = choose_target(reference.program, learn, self.backends, settings, reporter)
+        engines = target.engines
+        findings.chose_target(target)
+        engines_of = self._engines_of(networks, given, target, learn, findings)
         fitted: dict[str, Fitted] = {}
         for network in networks if self.options.early_exits else ():
-            data, own = trained_on[network.name], replace(settings, finetune=tunings[network.name])
-            fitted[network.name] = fit_exits(network.program, data, learn, engines, own, reporter)
-            findings.fitted_network(network.name, fitted[network.name])
-        uncast = cascade_program([_member(network, fitted) for network in networks], edges)
-        candidates = cast_candidates(uncast, typed_as(engines.backend))
-        wholes = [engines.typed(whole) for whole in wholes]
-        original = wholes[-1] if _is_tuned(reference, fitted) else None
-        table, costs = measure(candidates, wholes, learn, engines, settings, reporter, original)
+            name, own = network.name, replace(settings, finetune=tunings[network.name])
+            fitted[name] = fit_exits(
+                network.program, trained_on[name], learn, engines_of[name], own, reporter
+            )
+            findings.fitted_network(name, fitted[name])
+        uncast = cascade_program([_member(network, fitted, engines_of) for network in networks], edges)
+        candidates = uncast if _is_int8(engines) else engines.typed_candidates(uncast)
+        wholes = [engines_of[network.name].typed(network.program) for network in networks]
+        references = references_of(target, learn, tuned=_is_tuned(reference, fitted))
+        table, costs = measure(candidates, wholes, learn, target, settings, reporter, references)
         for network, whole in zip(networks, wholes, strict=True):
             if _is_tuned(network, fitted):
                 before = table.reference_correct  # the table has no answers of others as they were given
@@ -235,8 +232,8 @@ class _Cascade:
         with reporter.step("comparing with parts of the cascade"):
             findings.selected(selection, table, costs)
         delivery = Delivery(
-            reference.program, plain_us, reference.structure, engines, rows.take(split.certify), settings,
-            findings, reporter, uncast,
+            reference.program, target, reference.structure, rows.take(split.certify), settings, findings,
+            reporter, uncast,
         )  # fmt: skip
         compiled = delivery.of_selection(selection)
         logger.info("compiled in %.1f s", time.monotonic() - started)
@@ -244,6 +241,37 @@ class _Cascade:
             compiled, reference.program, engines, split, candidates, table, costs, selection,
             tuple(fitted.values()),
         )  # fmt: skip
+
+    def _engines_of(
+        self,
+        networks: Sequence[Network],
+        given: Sequence[str],
+        target: Target,
+        learn: Rows,
+        findings: CascadeFindings,
+    ) -> dict[str, Engines]:
+        """The engines of each network: one that is quantised is so in its own way."""
+        engines = target.engines
+        if not _is_int8(engines):
+            return dict.fromkeys((network.name for network in networks), engines)
+        listed = self.options.precisions or ["int8"] * len(given)
+        precisions = dict(zip(given, listed, strict=True))
+        limit = DEFAULT_DROP if self.settings.drop_limit is None else self.settings.drop_limit
+        found = {}
+        for network in networks:
+            found[network.name] = Engines(engines.backend, engines.lowerer)
+            if precisions[network.name] == "fp32":
+                continue
+            if network is networks[-1]:
+                found[network.name] = engines
+                continue
+            with self.reporter.step(f"quantising {network.name}"):
+                trial = replace(found[network.name], quantizer=Quantizer(learn))
+                exact = float_logits(network.program, learn)
+                settled = settle(network.program, trial, learn, exact, limit)
+            findings.quantized_network(network.name, settled)
+            found[network.name] = settled.engines
+        return found
 
     def _capture(
         self, models: Sequence[Any], example: Any
@@ -259,88 +287,47 @@ class _Cascade:
         return tuple(networks[position] for position in order.order), order.edges, names
 
 
-def _member(network: Network, fitted: Mapping[str, Fitted]) -> Member:
-    """A network with its exits, where it has some."""
+def _member(network: Network, fitted: Mapping[str, Fitted], engines_of: Mapping[str, Engines]) -> Member:
+    """A network with its exits, where it has some; quantised, if it is to be.
+
+    Other precisions are those of all networks, and are given to the cascade as a whole.
+    """
+    engines = engines_of[network.name]
     found = fitted[network.name].candidates if network.name in fitted else None
     if found is None:
-        return Member(network)
+        typed = engines.typed(network.program) if _is_int8(engines) else network.program
+        return Member(replace(network, program=typed))
+    found = engines.typed_candidates(found) if _is_int8(engines) else found
     blocks = {exit_name: found.block_of[exit_name] for exit_name in found.exits}
     return Member(network, found.program, blocks, found.heads)
 
 
+def _is_int8(engines: Engines) -> bool:
+    return typed_as(engines.backend) == "int8"
+
+
+def _overall(precision: str | Sequence[str], count: int) -> str:
+    """The precision of a cascade: of several, int8 if any network is.
+
+    Raises:
+        InputError: There is not one for each network, or one is neither int8 nor fp32.
+    """
+    if isinstance(precision, str) and precision != "auto":
+        return precision
+    if isinstance(precision, str):
+        raise InputError(
+            "a cascade has no precision 'auto'",
+            where="precision",
+            remedy="give one for all networks, or one for each: precision=['int8', 'fp32']",
+        )
+    if len(precision) != count or not set(precision) <= {"int8", "fp32"}:
+        raise InputError(
+            f"precision={list(precision)!r} for {count} networks",
+            where="precision",
+            remedy="give one for all; or one for each network, 'int8' or 'fp32'",
+        )
+    return "int8" if "int8" in precision else "fp32"
+
+
 def _is_tuned(network: Network, fitted: Mapping[str, Fitted]) -> bool:
     return network.name in fitted and fitted[network.name].tuned is not None
-
-
-def _listed(finetune: Tuning, count: int) -> list[FineTune | None]:
-    """How each network is tuned, in the order that they were given in; None: not at all.
-
-    Args:
-        finetune: As the user gave it.
-        count: Of networks.
-
-    Raises:
-        InputError: It is no ``FineTune``; there is not one for each; or two have one checkpoint folder,
-            where the second would find, after hours, the training of the first.
-    """
-    if not isinstance(finetune, Sequence) or isinstance(finetune, str | bytes):
-        require_finetune(finetune)
-        return [finetune] * count
-    for tuning in finetune:
-        require_finetune(tuning)
-    if len(finetune) != count:
-        raise InputError(
-            f"finetune has {len(finetune)} entries for {count} networks",
-            where="finetune",
-            remedy="give one for each, None where a network stays as it is; or one FineTune for all",
-        )
-    folders = [tuning.folder.resolve() for tuning in finetune if tuning is not None and tuning.folder]
-    twice = sorted({str(folder) for folder in folders if folders.count(folder) > 1})
-    if twice:
-        raise InputError(
-            f"several networks have the same checkpoint folder: {', '.join(twice)}",
-            where="finetune",
-            remedy="give another folder for each; or one FineTune for all, which makes a folder for each",
-        )
-    return list(finetune)
-
-
-def _tunings(finetune: Tuning, names: Sequence[str]) -> dict[str, FineTune | None]:
-    """How each network is tuned, by name; of one for all each gets a checkpoint folder of its own.
-
-    Args:
-        finetune: As the user gave it.
-        names: Of the networks, in the order that they were given in.
-
-    Raises:
-        InputError: As ``_listed``.
-    """
-    tunings = dict(zip(names, _listed(finetune, len(names)), strict=True))
-    if isinstance(finetune, FineTune) and finetune.folder is not None:
-        return {name: replace(finetune, checkpoint=finetune.folder / name) for name in names}
-    return tunings
-
-
-def _sources(train_data: Any, calib_data: Any, tunings: Sequence[FineTune | None]) -> list[Any]:
-    """What each network, or its heads alone, are trained on; None: nothing is given.
-
-    Args:
-        train_data: As the user gave it: for all that have no data of their own.
-        calib_data: As the user gave it.
-        tunings: How each network is tuned.
-
-    Raises:
-        InputError: One that is tuned has no data; or ``train_data`` is for none, as all have their own.
-        CalibrationError: A network would be tuned on calibration data.
-        TrainingError: A device to train on cannot be used.
-    """
-    own = [tuning is not None and tuning.train_data is not None for tuning in tunings]
-    sources = [
-        training_source(None if has and not all(own) else train_data, tuning)
-        for tuning, has in zip(tunings, own, strict=True)
-    ]
-    for tuning, source in zip(tunings, sources, strict=True):
-        require_training_device(tuning)
-        if tuning is not None:
-            require_apart(calib_data, source)
-    return sources

@@ -34,6 +34,7 @@ __all__ = [
     "NetworksArgument",
     "OutputOption",
     "PrecisionOption",
+    "PrecisionsOption",
     "SeedOption",
     "SplitOption",
     "StdOption",
@@ -102,7 +103,12 @@ TrainOption = Annotated[
     str | None,
     typer.Option("--train", metavar="DATA", help="Rows to fit the exit heads on.", show_default=False),
 ]
-PrecisionOption = Annotated[str, typer.Option(help="fp32, or opted in: fp16 (on a GPU), bf16.")]
+PrecisionOption = Annotated[
+    str, typer.Option(help="fp32, or opted in: int8, bf16, fp16 (on a GPU), auto: the best of fp32 and int8.")
+]
+PrecisionsOption = Annotated[
+    str, typer.Option(help="As for compile but auto; or int8 or fp32 for each network, with commas.")
+]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="The batch size to optimise for.")]
 CompileThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads (default: the machine's cores).")

@@ -8,36 +8,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from exitcompiler.calibration import peek, require_apart, require_fit, require_rows, require_unseen
-from exitcompiler.candidates import Candidates, cast_candidates
-from exitcompiler.capture import capture
+from exitcompiler.candidates import Candidates
 from exitcompiler.costs import CostModel
-from exitcompiler.data import Rows, RowSplit, TrainingData, read_rows, read_training_data, split_rows
+from exitcompiler.data import Rows, RowSplit
 from exitcompiler.delivery import Delivery
-from exitcompiler.engines import Engines, lowerer_for, typed_as
-from exitcompiler.errors import InputError
+from exitcompiler.engines import Engines
 from exitcompiler.findings import Findings
-from exitcompiler.finetuning.checkpoints import require_writable_folder
-from exitcompiler.finetuning.devices import training_device
-from exitcompiler.finetuning.mixing import require_mixable
 from exitcompiler.finetuning.options import FineTune
 from exitcompiler.fitting import Fitted, fit_exits
 from exitcompiler.placement import Place
+from exitcompiler.preparation import prepare
 from exitcompiler.profile import measure_costs
 from exitcompiler.program import Program
 from exitcompiler.progress import Reporter, reporting
 from exitcompiler.runtime.backends import Backend
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.scores import ScoreTable
-from exitcompiler.scoring import plain_logits, score_rows
+from exitcompiler.scoring import References, plain_logits, score_rows
 from exitcompiler.selection import Selection, select_points
 from exitcompiler.settings import Settings
-from exitcompiler.targets import candidate_backends, fastest_plain
+from exitcompiler.targets import Target, candidate_backends, choose_target
 from exitcompiler.training import HeadRecipe
 
 __all__ = [
@@ -45,20 +40,11 @@ __all__ = [
     "compile",
     "compile_in_detail",
     "measure",
-    "model_name",
-    "read_and_split",
-    "require_training_device",
-    "training_data",
-    "training_source",
+    "no_place",
+    "references_of",
 ]
 
 logger = logging.getLogger(__name__)
-
-FEWEST_ROWS: Final = 300
-"""Fewer calibration rows cannot be split into parts that say anything."""
-
-FIT_SHARE: Final = 0.4
-CERTIFY_SHARE: Final = 0.2
 
 
 def compile(
@@ -100,8 +86,10 @@ def compile(
         latency_budget_ms: Instead: the mean latency of a call to keep, in milliseconds.
         backend: ``"onnxruntime"``, ``"openvino"``, ``"torch"``; on a GPU ``"cuda"`` or ``"tensorrt"``; or
             ``"auto"``: the one for CPUs that runs the plain model fastest here.
-        precision: ``"fp32"``; ``"fp16"`` or ``"bf16"`` where the backend has it, gates being learned on its
-            scores.
+        precision: ``"fp32"``; or ``"int8"``, ``"bf16"``, ``"fp16"`` where the backend has it: scores, times
+            and the plain engine to beat are of that precision; accuracy drops count from float32. Or
+            ``"auto"``: the fastest, within the limit, of the network in float32 and in int8, with exits and
+            without, and in int8 with float32 for the doubtful rows.
         batch_size: Rows per call that costs are measured at; any size runs.
         threads: Threads per call; None: as many as this process may use.
         seed: Of everything that is random.
@@ -179,6 +167,10 @@ def compile_in_detail(
 
     Args and errors are those of ``compile``; its options come as ``settings``.
     """
+    if settings.precision == "auto":
+        from exitcompiler.auto_precision import compile_auto
+
+        return compile_auto(model, calib_data, train_data, settings, logits, progress)
     backends = candidate_backends(settings)
     with reporting(progress) as reporter:
         return _Compilation(settings, backends, reporter).run(model, calib_data, train_data, logits)
@@ -195,44 +187,24 @@ class _Compilation:
     def run(self, model: Any, calib_data: Any, train_data: Any, logits: str | int | None) -> Details:
         started = time.monotonic()
         settings, reporter = self.settings, self.reporter
-        train_data = training_source(train_data, settings.finetune)
-        require_training_device(settings.finetune)
-        if settings.finetune is not None:
-            require_apart(calib_data, train_data)
-        calib_data, example = peek(calib_data)
-        with reporter.step("capturing the model"):
-            captured = capture(model, example, logits=logits)
-        program = captured.program
-        rows, split = read_and_split(calib_data, program, settings, with_training=train_data is not None)
-        data = training_data(train_data, rows, split, program, settings.finetune)
-        findings = Findings(model_name(model), program, settings, split)
+        given = prepare(model, calib_data, train_data, settings, logits, reporter)
+        program, split, learn = given.program, given.split, given.learn
+        findings = Findings(given.name, program, settings, split)
         findings.seconds = reporter.seconds
-        with reporter.step("lowering the plain model"):
-            lowerer = lowerer_for(self.backends)
-            engines, times_us = fastest_plain(program, rows, self.backends, lowerer, settings.batch_size)
-        plain_us = times_us[engines.backend.name]
-        findings.chose_backend(engines.backend.name, times_us)
-        fitted = fit_exits(program, data, rows, engines, settings, reporter)
+        target = choose_target(program, learn, self.backends, settings, reporter)
+        engines = target.engines
+        findings.chose_target(target)
+        fitted = fit_exits(program, given.data, given.rows, engines, settings, reporter)
         findings.fitted(fitted)
         delivery = Delivery(
-            program,
-            plain_us,
-            captured.structure,
-            engines,
-            rows.take(split.certify),
-            settings,
-            findings,
-            reporter,
-            fitted.candidates,
+            program, target, given.structure, given.fresh, settings, findings, reporter, fitted.candidates
         )
         if fitted.candidates is None:
-            plain = delivery.of_plain(_no_place(fitted.places))
+            plain = delivery.of_plain(no_place(fitted.places))
             return Details(plain, program, engines, split, fitted=(fitted,))
-        learn = rows.take(split.learn)
-        candidates = cast_candidates(fitted.candidates, typed_as(engines.backend))
-        whole = engines.typed(program)
-        original = None if fitted.tuned is None else whole
-        table, costs = measure(candidates, [whole], learn, engines, settings, reporter, original)
+        candidates = engines.typed_candidates(fitted.candidates)
+        references = references_of(target, learn, tuned=fitted.tuned is not None)
+        table, costs = measure(candidates, [target.whole], learn, target, settings, reporter, references)
         if fitted.tuned is not None:
             findings.tuned(fitted, table.backbone_correct, table.reference_correct)
         selection = select_points(candidates, table, costs, engines, learn, settings, reporter)
@@ -242,102 +214,14 @@ class _Compilation:
         return Details(compiled, program, engines, split, candidates, table, costs, selection, (fitted,))
 
 
-def read_and_split(
-    calib_data: Any, program: Program, settings: Settings, *, with_training: bool
-) -> tuple[Rows, RowSplit]:
-    """Calibration data as rows, checked against a program, and what each of them is for.
-
-    Args:
-        calib_data: As a user gives it.
-        program: Its inputs and classes.
-        settings: Seed and batch size.
-        with_training: Whether heads are fitted on training data given apart.
-
-    Raises:
-        CalibrationError: The data cannot be used.
-    """
-    rows = read_rows(calib_data, list(program.inputs), minimum=FEWEST_ROWS)
-    require_fit(rows, program)
-    split = split_rows(
-        len(rows), fit=0.0 if with_training else FIT_SHARE, certify=CERTIFY_SHARE, seed=settings.seed
-    )
-    require_rows(split, with_training=with_training, batch_size=settings.batch_size)
-    return rows, split
-
-
-def training_data(
-    train_data: Any, rows: Rows, split: RowSplit, program: Program, finetune: FineTune | None
-) -> TrainingData:
-    """What heads, or the network with them, are trained on: the data given, or calibration rows set aside.
-
-    Raises:
-        CalibrationError: The data cannot be used; or a network would be tuned on its calibration rows.
-        InputError: Inputs cannot be mixed.
-        TrainingError: Checkpoints cannot be written.
-    """
-    if finetune is not None:  # what can be told now need not wait for hours
-        if finetune.mixup:
-            require_mixable({name: spec.dtype for name, spec in program.inputs.items()})
-        if finetune.folder is not None:
-            require_writable_folder(finetune.folder)
-    if train_data is None:
-        data = TrainingData(rows.take(split.fit), tuple(program.inputs))
-    else:
-        data = read_training_data(train_data, list(program.inputs), minimum=100)
-    data = data.for_model(program)
-    if finetune is not None:
-        require_unseen(rows, data)
-    return data
-
-
-def training_source(train_data: Any, finetune: FineTune | None) -> Any:
-    """What is trained on: the call's training data, or fine-tuning's own.
-
-    Args:
-        train_data: As given to the call; None: nothing.
-        finetune: Perhaps with data of its own; None: heads alone are trained.
-
-    Returns:
-        The data as a user gives it; None: there is none, and none is needed.
-
-    Raises:
-        InputError: There are both; or there is neither, and calibration rows are too few, and too
-            precious, to fine-tune on.
-    """
-    own = None if finetune is None else finetune.train_data
-    if own is not None and train_data is not None:
-        raise InputError(
-            "training data are given twice, by train_data= and by FineTune(train_data=...)",
-            where="finetune",
-            remedy="give one of them: heads and network are trained on the same rows",
-        )
-    if finetune is not None and own is None and train_data is None:
-        raise InputError(
-            "fine-tuning needs training data, and none is given",
-            where="finetune",
-            remedy="give train_data=..., the rows that the network was trained on",
-        )
-    return train_data if own is None else own
-
-
-def require_training_device(finetune: FineTune | None) -> None:
-    """See that there is what a network is to be trained on, before anything slow.
-
-    Raises:
-        TrainingError: The device cannot be used.
-    """
-    if finetune is not None:
-        training_device(finetune.device)
-
-
 def measure(
     candidates: Candidates,
     wholes: Sequence[Program],
     learn: Rows,
-    engines: Engines,
+    target: Target,
     settings: Settings,
     reporter: Reporter,
-    original: Program | None = None,
+    references: References,
 ) -> tuple[ScoreTable, CostModel]:
     """Scores on the learning rows, and measured times, of all candidates.
 
@@ -345,27 +229,32 @@ def measure(
         candidates: Sites and heads.
         wholes: Every network in one block, for its time.
         learn: The learning rows.
-        engines: Of the target.
+        target: What they run on, and are compared with.
         settings: Batch size.
         reporter: Progress.
-        original: The reference network before it was fine-tuned, one block; None: it was not.
+        references: What else answers are compared with.
     """
     with reporter.step("lowering segments and heads"):
-        costs = measure_costs(candidates, wholes, engines, learn, settings.batch_size)
-    with reporter.step("scoring calibration rows", len(learn) * (1 if original is None else 2)) as step:
-        before = None
-        if original is not None:
-            before = plain_logits(original, engines, learn)
-            step.advance(len(learn))
-        return score_rows(candidates, engines, learn, step, before), costs
+        costs = measure_costs(candidates, wholes, target.engines, learn, settings.batch_size, target.plain)
+    with reporter.step("scoring calibration rows", len(learn)) as step:
+        return score_rows(candidates, target.engines, learn, step, references), costs
 
 
-def model_name(model: Any) -> str:
-    """What to call a model: its class, or the name of its file."""
-    return Path(model).stem if isinstance(model, str | PathLike) else type(model).__name__
+def references_of(target: Target, learn: Rows, *, tuned: bool) -> References:
+    """What the candidates' answers are compared with.
+
+    Args:
+        target: Of the network as it was given.
+        learn: The learning rows, which it was chosen on.
+        tuned: Whether the candidates' own end is another one.
+    """
+    if tuned and target.original is None:
+        return References(plain_logits(target.whole, target.engines, learn))
+    return References(target.original, target.plain_logits)
 
 
-def _no_place(places: Sequence[Place]) -> str:
+def no_place(places: Sequence[Place]) -> str:
+    """Why a network gets no exits."""
     if not places:
         return "the network has no place where it could be cut and an exit be put"
     return "at none of the places where the network can be cut did a linear probe know enough to go on"

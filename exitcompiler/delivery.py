@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
+
 from exitcompiler.candidates import Candidates, build_program
 from exitcompiler.certify import answers_of, certify, check_one_file, check_parity, measure_speedup
 from exitcompiler.controlflow import OutputStructure
@@ -15,10 +17,13 @@ from exitcompiler.findings import Findings
 from exitcompiler.packaging import pack, point_name
 from exitcompiler.program import Program
 from exitcompiler.progress import Reporter
+from exitcompiler.runtime.backends import Array
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.runtime.manifest import Artifact, Execution
+from exitcompiler.scoring import float_logits
 from exitcompiler.selection import Built, Selection
 from exitcompiler.settings import Settings
+from exitcompiler.targets import Target
 
 __all__ = ["Delivery"]
 
@@ -33,11 +38,10 @@ class Delivery:
     """What the last steps of a compilation work with.
 
     Args:
-        plain: The untouched backbone, or in a cascade the reference network, in float32: what all is
-            compared with.
-        plain_us: Its time per row.
+        original: The untouched backbone, or in a cascade the reference network, in float32: what accuracy
+            is compared with.
+        target: What is compiled for, and the plain engine that speed is compared with.
         structure: How the model hands over its logits.
-        engines: Of the backend that was chosen.
         fresh: Rows that nothing was chosen on.
         settings: What was asked for.
         findings: What is reported.
@@ -45,15 +49,19 @@ class Delivery:
         uncast: The candidates in float32, if there are any: what the outputs of exits are compared with.
     """
 
-    plain: Program
-    plain_us: float
+    original: Program
+    target: Target
     structure: OutputStructure
-    engines: Engines
     fresh: Rows
     settings: Settings
     findings: Findings
     reporter: Reporter
     uncast: Candidates | None = None
+
+    @property
+    def engines(self) -> Engines:
+        """Of the backend that was chosen."""
+        return self.target.engines
 
     def of_selection(self, selection: Selection) -> CompiledModel:
         """Package, check, measure; the plain engine where exits do not pay.
@@ -67,9 +75,9 @@ class Delivery:
         with self.reporter.step("packaging"):
             artifact = pack(
                 [chosen, *selection.shipped],
-                self.engines.typed(self.plain),
-                self.plain_us,
-                chosen.point.estimate.backbone_accuracy,
+                self.target.plain,
+                self.target.plain_us,
+                selection.frontier.plain.estimate,
                 self.structure,
                 self.engines.backend,
                 self.engines.lowerer,
@@ -92,32 +100,45 @@ class Delivery:
                 f"(95 % interval from {latency['speedup']['lower']:.3f}), more than {WORTHWHILE} is asked for"
             )
         with self.reporter.step("certifying"):
-            certificate, seen = certify(compiled, compiled.plain, self.fresh, self.settings.drop_limit)
+            certificate, seen = certify(
+                compiled, self._reference_answers(compiled), self.fresh, self.settings.drop_limit
+            )
         self.findings.certified(certificate, seen)
         return self._complete(compiled, certificate)
 
     def of_plain(self, reason: str) -> CompiledModel:
         """The untouched backbone as the result, and why."""
         self.findings.refuse(reason)
-        if self.settings.budget_us is not None and self.plain_us > self.settings.budget_us:
+        plain_us = self.target.plain_us
+        if self.settings.budget_us is not None and plain_us > self.settings.budget_us:
             self.findings.note(
-                f"the plain engine takes {self.plain_us * self.settings.batch_size / 1000:.3f} ms, more than "
+                f"the plain engine takes {plain_us * self.settings.batch_size / 1000:.3f} ms, more than "
                 f"the budget of {self.settings.latency_budget_ms} ms"
             )
         artifact = pack(
-            [], self.engines.typed(self.plain), self.plain_us, 1.0, self.structure, self.engines.backend,
+            [], self.target.plain, plain_us, None, self.structure, self.engines.backend,
             self.engines.lowerer, self.settings,
         )  # fmt: skip
         compiled = CompiledModel(artifact, self.engines.backend)
-        self.findings.parity = check_parity(compiled, self.plain, self.fresh, self.settings.precision)
-        if self.fresh.labels is not None:
-            accuracy = float((answers_of(compiled, self.fresh)[0] == self.fresh.labels).mean())
-            compiled = compiled.with_artifact(_with_plain_accuracy(artifact, accuracy))
+        like = self.target.plain if typed_as(self.engines.backend) == "int8" else self.original
+        self.findings.parity = check_parity(compiled, like, self.fresh, self.engines.backend.precision)
+        answers, _ = answers_of(compiled, self.fresh)
+        reference = self._reference_answers(compiled)
+        targets = reference if self.fresh.labels is None else self.fresh.labels
+        accuracy, before = float((answers == targets).mean()), float((reference == targets).mean())
+        excess = float(((reference == targets) & (answers != targets)).mean())
+        compiled = compiled.with_artifact(_with_plain_accuracy(artifact, accuracy, before - accuracy, excess))
         return self._complete(compiled, None)
+
+    def _reference_answers(self, compiled: CompiledModel) -> Array:
+        """The class that the original network gives every fresh row."""
+        if self.engines.backend.precision == "fp32":
+            return answers_of(compiled.plain, self.fresh)[0]
+        return np.asarray(float_logits(self.original, self.fresh).argmax(axis=1))
 
     def _check_points(self, compiled: CompiledModel, selection: Selection) -> float:
         """Parity of every shipped point; many rows for the chosen one, a few for the others."""
-        precision = self.settings.precision
+        precision = self.engines.backend.precision
         worst = check_parity(compiled, self._in_float32(selection.chosen), self.fresh, precision)
         for built in selection.shipped:
             other = compiled.select(name=point_name(built.point.accuracy_drop))
@@ -125,8 +146,11 @@ class Delivery:
         return worst
 
     def _in_float32(self, built: Built) -> Program:
-        """The program of an operating point as it was before it was cast."""
-        if self.uncast is None or typed_as(self.engines.backend) == "fp32":
+        """The program of an operating point as it was before it was cast.
+
+        What is quantised is compared with itself, as torch runs it.
+        """
+        if self.uncast is None or typed_as(self.engines.backend) in ("fp32", "int8"):
             return built.program
         return build_program(self.uncast, built.point.policy)
 
@@ -135,7 +159,7 @@ class Delivery:
         if compiled.backend.form == "torch" or compiled.backend.on_device:
             return "blocks"
         one_file = compiled.with_artifact(_with_execution(compiled.artifact, "single"))
-        check_one_file(one_file, compiled, self.fresh, self.settings.precision)
+        check_one_file(one_file, compiled, self.fresh, self.engines.backend.precision)
         times = measure_speedup(one_file, compiled, self.fresh, 1, repeats=400, seed=self.settings.seed)
         single, blocks = times["program"]["mean_ms"], times["plain"]["mean_ms"]
         self.findings.note(
@@ -150,9 +174,10 @@ class Delivery:
         return compiled.with_artifact(artifact, notes=self.findings.notes)
 
 
-def _with_plain_accuracy(artifact: Artifact, accuracy: float) -> Artifact:
+def _with_plain_accuracy(artifact: Artifact, accuracy: float, drop: float, excess: float) -> Artifact:
     (point,) = artifact.manifest.operating_points
-    measured = replace(point, estimate=replace(point.estimate, accuracy=accuracy))
+    seen = replace(point.estimate, accuracy=accuracy, accuracy_drop=drop, excess_error=excess)
+    measured = replace(point, estimate=seen)
     return replace(artifact, manifest=replace(artifact.manifest, operating_points=(measured,)))
 
 

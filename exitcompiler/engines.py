@@ -9,11 +9,13 @@ from typing import Protocol, cast
 
 from torch import Tensor, fx
 
+from exitcompiler.candidates import Candidates, cast_candidates
 from exitcompiler.controlflow import BlockInterface, engine_signature
 from exitcompiler.fx_utils import find_attribute
 from exitcompiler.passes.cast_precision import cast_precision
 from exitcompiler.passes.lower_to_onnx import BFLOAT16_OPSET, OPSET, lower_blocks
 from exitcompiler.program import Block, Branch, ConstantGate, Program
+from exitcompiler.quantization import Quantizer
 from exitcompiler.runtime.backends import Backend, Engine
 
 __all__ = ["Engines", "Lowerer", "block_key", "lowerer_for", "typed_as"]
@@ -89,8 +91,11 @@ class Lowerer:
 
 
 def typed_as(backend: Backend) -> str:
-    """The precision that programs are cast to for a backend: on a GPU one that computes in their types."""
-    return backend.precision if backend.on_device else "fp32"
+    """The precision that programs are rewritten to for a backend.
+
+    On a GPU they compute in their types, and int8 is in a program wherever it runs; bf16 on a CPU is not.
+    """
+    return backend.precision if backend.on_device or backend.precision == "int8" else "fp32"
 
 
 def lowerer_for(backends: Iterable[Backend]) -> Lowerer:
@@ -110,10 +115,13 @@ class Engines:
     Args:
         backend: What makes engines.
         lowerer: Where ONNX models come from; backends that run torch graphs need none.
+        quantizer: What makes programs int8, for a backend of that precision, which runs float32 as well;
+            None: programs are left as they are.
     """
 
     backend: Backend
     lowerer: Lowerer
+    quantizer: Quantizer | None = None
     _engines: dict[tuple[str, int | None], Engine] = field(default_factory=dict)
     # As in the lowerer, which knows nothing of blocks that run as torch graphs.
     _constants: dict[str, dict[str, object]] = field(default_factory=dict)
@@ -124,10 +132,25 @@ class Engines:
 
         Raises:
             PassError: An operator does not run in the backend's precision.
+            LoweringError: A program cannot be quantised.
         """
+        if typed_as(self.backend) == "int8":
+            return program if self.quantizer is None else self.quantizer.program(program)
         if id(program) not in self._typed:
             self._typed[id(program)] = (program, cast_precision(program, typed_as(self.backend)))
         return self._typed[id(program)][1]
+
+    def typed_candidates(self, candidates: Candidates) -> Candidates:
+        """Candidates as the backend runs them; those of one network where they are quantised.
+
+        Raises:
+            PassError: An operator does not run in the backend's precision.
+            LoweringError: The network cannot be quantised.
+        """
+        precision = typed_as(self.backend)
+        if precision == "int8":
+            return candidates if self.quantizer is None else self.quantizer.candidates(candidates)
+        return cast_candidates(candidates, precision)
 
     def load(self, blocks: Sequence[Block], static_batch: int | None = None) -> Mapping[str, Engine]:
         """Block name -> engine, for all blocks that need one.

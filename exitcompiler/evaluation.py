@@ -86,10 +86,13 @@ def evaluate(policy: Policy, table: ScoreTable, costs: CostModel) -> Evaluation:
 
 
 def evaluate_plain(table: ScoreTable, costs: CostModel) -> Evaluation:
-    """The backbone alone, as it was given: tuned or not, it is what comes back where no exit pays."""
+    """The backbone alone, as it was given: tuned or not, it is what comes back where no exit pays.
+
+    In the precision that runs: where it is quantised it may well differ from what drops are counted from.
+    """
     alone = evaluate(Policy.plain(table.topology), table, costs)
-    right = table.reference_correct
-    return summarise(table.topology, alone.exit_index, right, right, alone.time_us, alone.passed)
+    right, reference = table.plain_correct, table.reference_correct
+    return summarise(table.topology, alone.exit_index, right, reference, alone.time_us, alone.passed)
 
 
 def evaluate_routes(

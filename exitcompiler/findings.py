@@ -25,11 +25,13 @@ from exitcompiler.packaging import PLAIN, environment, point_name
 from exitcompiler.placement import Place
 from exitcompiler.policies import Leave, LinearRule
 from exitcompiler.program import Program
+from exitcompiler.quantization_findings import quantization_entry
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.scores import BoolArray, HeadKey, ScoreTable
 from exitcompiler.selection import Built, Selection
 from exitcompiler.settings import Settings
 from exitcompiler.statistics import reliability_bins
+from exitcompiler.targets import Target
 from exitcompiler.tuning_findings import tuning_entry
 
 __all__ = ["Findings", "place_entry"]
@@ -80,11 +82,23 @@ class Findings:
             )
         self._report["refused"] = reason
 
-    def chose_backend(self, name: str, times_us: Mapping[str, float]) -> None:
-        """Which backend runs, and how long the plain model takes on each that could."""
+    def chose_target(self, target: Target) -> None:
+        """Which backend runs, how long the plain model takes on each that could, and how it is quantised."""
         if self._settings.backend == "auto":
-            listed = ", ".join(f"{key} {time / 1000:.3f} ms" for key, time in times_us.items())
+            listed = ", ".join(f"{key} {time / 1000:.3f} ms" for key, time in target.times_us.items())
+            name = target.engines.backend.name
             self.note(f"backend 'auto' chose {name}: the plain model takes {listed} a row")
+        if target.settled is not None:
+            self._report["quantization"] = quantization_entry(target)
+
+    def compared_precisions(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """What there was in each precision.
+
+        Args:
+            rows: ``name``, ``accuracy_drop``, ``mean_latency_ms``, ``kept`` (whether it keeps the limit) and
+                ``chosen``; or ``name`` and ``refused``, the reason.
+        """
+        self._report["precisions"] = [dict(row) for row in rows]
 
     def fitted(self, fitted: Fitted) -> None:
         """Where exits could stand, and which of these places got heads."""

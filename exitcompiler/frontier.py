@@ -254,7 +254,8 @@ def sweep(
         policies.append(policy)
         tick()
     alone = Policy.plain(table.topology)
-    plain = FrontierPoint(math.inf, alone, 0.0, costs.whole_us, evaluate_plain(table, costs))
+    whole = evaluate_plain(table, costs)
+    plain = FrontierPoint(math.inf, alone, whole.accuracy_drop, costs.whole_us, whole)
     points = [
         FrontierPoint(float(trade_offs_us[i]), policies[i], float(drops[i]), float(times_us[i]), estimates[i])
         for i in range(steps)

@@ -22,7 +22,12 @@ from exitcompiler.model_interface import Example, as_tensors
 from exitcompiler.naming import identifier
 from exitcompiler.program import Program, Return, spec_of
 
-__all__ = ["Model", "Network", "read_networks"]
+__all__ = [
+    "Model",
+    "Network",
+    "ending_in",
+    "read_networks",
+]
 
 Model: TypeAlias = nn.Module | ExportedProgram | str | os.PathLike[str]
 
@@ -100,7 +105,7 @@ def read_networks(
             if not networks:
                 inputs = _cascade_inputs(loaded, example)
             network = _read(name, loaded, transform, inputs, logits)
-            networks.append(replace(network, program=_ending_in(network.program, name)))
+            networks.append(replace(network, program=ending_in(network.program, name)))
         except ExitCompilerError as error:
             raise _in_network(error, name, hint=bool(networks) and transform is None) from error
     _check_classes(networks)
@@ -131,7 +136,7 @@ def _read(
     return Network(name, program, captured.structure)
 
 
-def _ending_in(program: Program, exit_name: str) -> Program:
+def ending_in(program: Program, exit_name: str) -> Program:
     """The program of one block with its exit called after the network."""
     end = program.entry.terminator
     assert isinstance(end, Return)

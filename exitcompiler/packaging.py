@@ -54,7 +54,7 @@ def pack(
     points: Sequence[Built],
     plain: Program,
     plain_us: float,
-    accuracy: float,
+    plain_estimate: Evaluation | None,
     structure: OutputStructure,
     backend: Backend,
     lowerer: Lowerer,
@@ -69,7 +69,7 @@ def pack(
         points: The operating points, the chosen one first; told apart by their accuracy drops.
         plain: The untouched backbone.
         plain_us: Its time per row.
-        accuracy: Its accuracy on the learning rows.
+        plain_estimate: How it does on the learning rows; None: nobody has looked.
         structure: How the model hands over its logits.
         backend: What everything was measured on.
         lowerer: Where ONNX models come from.
@@ -81,7 +81,7 @@ def pack(
     files: dict[str, bytes] = {}
     programs = {point_name(built.point.accuracy_drop): built.program for built in points} | {PLAIN: plain}
     estimates = [_estimate(built, settings) for built in points]
-    estimates.append(_plain_estimate(plain, plain_us, accuracy, settings))
+    estimates.append(_plain_estimate(plain, plain_us, plain_estimate, settings))
     packed = [
         _point(name, program, estimate, lowerer, files)
         for (name, program), estimate in zip(programs.items(), estimates, strict=True)
@@ -160,10 +160,15 @@ def _estimate(built: Built, settings: Settings) -> Estimate:
     )
 
 
-def _plain_estimate(plain: Program, plain_us: float, accuracy: float, settings: Settings) -> Estimate:
-    """What the untouched backbone does."""
+def _plain_estimate(
+    plain: Program, plain_us: float, estimate: Evaluation | None, settings: Settings
+) -> Estimate:
+    """What the untouched backbone does, in the precision that it runs in."""
     latency_ms = plain_us * settings.batch_size / 1000.0
-    return Estimate(accuracy, 0.0, 0.0, latency_ms, dict.fromkeys(plain.exits, 1.0))
+    everything = dict.fromkeys(plain.exits, 1.0)
+    if estimate is None:
+        return Estimate(1.0, 0.0, 0.0, latency_ms, everything)
+    return Estimate(estimate.accuracy, estimate.accuracy_drop, estimate.excess_error, latency_ms, everything)
 
 
 def environment(backend: Backend | None = None) -> dict[str, Json]:

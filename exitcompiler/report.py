@@ -32,6 +32,7 @@ from exitcompiler.runtime.explain_cascade import (
     reference_name,
 )
 from exitcompiler.runtime.explain_finetune import tunings
+from exitcompiler.runtime.explain_precision import precision_rows, quantization_sentence
 from exitcompiler.runtime.manifest import OperatingPoint
 from exitcompiler.runtime.wording import format_duration, format_points, format_share
 
@@ -111,6 +112,8 @@ def render_report(
         exits=[{**exit, "why": reason_text(exit)} for exit in inner_exits(report)],
         cascade=_cascade(report) if is_cascade(report) else None,
         tunings=tunings(report),
+        quantization=quantization_sentence(report),
+        precisions=precision_rows(report),
         rounds=report.get("rounds") or [],
         groups=_groups(report),
         notes=report.get("notes") or [],

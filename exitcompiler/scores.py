@@ -131,6 +131,8 @@ class ScoreTable:
         agreements: (site, kind) -> further features that gates may read there.
         original_logits: ``float32[n, classes]`` of the backbone as it was before it was fine-tuned, which
             accuracy drops are counted from; None: it is the backbone itself.
+        plain_logits: ``float32[n, classes]`` of the plain engine that comes back where no exit pays, if it
+            answers otherwise than the original does: it is quantised, for one. None: it does not.
 
     Raises:
         CalibrationError: Lengths differ, a score is NaN or infinite, a label is out of range, or
@@ -143,6 +145,7 @@ class ScoreTable:
     labels: IntArray | None = None
     agreements: Mapping[HeadKey, Agreement] = field(default_factory=dict)
     original_logits: FloatArray | None = None
+    plain_logits: FloatArray | None = None
 
     def __post_init__(self) -> None:
         shape = self.backbone_logits.shape
@@ -152,13 +155,14 @@ class ScoreTable:
                 remedy="give at least one row, and a classifier of two classes or more",
             )
         _require_finite(self.backbone_logits, BACKBONE)
-        if self.original_logits is not None:
-            if self.original_logits.shape != shape:
-                raise CalibrationError(
-                    f"logits of shape {self.original_logits.shape}, the tuned backbone's have {shape}",
-                    where="the original backbone",
-                )
-            _require_finite(self.original_logits, "the original backbone")
+        others = {"the original backbone": self.original_logits, "the plain engine": self.plain_logits}
+        for where, logits in others.items():
+            if logits is not None:
+                if logits.shape != shape:
+                    raise CalibrationError(
+                        f"logits of shape {logits.shape}, the backbone's have {shape}", where=where
+                    )
+                _require_finite(logits, where)
         for key, scores in self.heads.items():
             where = f"head {key[1]!r} of exit {key[0]!r}"
             if key[0] not in self.exits:
@@ -210,6 +214,13 @@ class ScoreTable:
             return self.backbone_correct
         return np.asarray(self.original_logits.argmax(axis=1) == self.targets, np.bool_)
 
+    @cached_property
+    def plain_correct(self) -> BoolArray:
+        """Where the plain engine is right, ``bool[n]``."""
+        if self.plain_logits is None:
+            return self.reference_correct
+        return np.asarray(self.plain_logits.argmax(axis=1) == self.targets, np.bool_)
+
     def correct(self, key: HeadKey) -> BoolArray:
         """Where a head is right, ``bool[n]``."""
         return np.asarray(self.heads[key].prediction == self.targets, np.bool_)
@@ -237,6 +248,7 @@ class ScoreTable:
             "labels": None if self.labels is None else self.labels[rows],
             "agreements": {key: found.take(rows) for key, found in self.agreements.items()},
             "original_logits": None if self.original_logits is None else self.original_logits[rows],
+            "plain_logits": None if self.plain_logits is None else self.plain_logits[rows],
         }
         part.__dict__.update(values)  # the rows were checked with the whole table
         return part
@@ -252,7 +264,13 @@ class ScoreTable:
         heads = {key: scores for key, scores in self.heads.items() if kept(key)}
         agreements = {key: found for key, found in self.agreements.items() if kept(key)}
         return ScoreTable(
-            topology, heads, self.backbone_logits, self.labels, agreements, self.original_logits
+            topology,
+            heads,
+            self.backbone_logits,
+            self.labels,
+            agreements,
+            self.original_logits,
+            self.plain_logits,
         )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from exitcompiler.candidates import Candidates
 from exitcompiler.controlflow import Return, engine_signature
@@ -17,9 +19,23 @@ from exitcompiler.runtime.backends import Array, Engine
 from exitcompiler.runtime.rows import gate_parameters
 from exitcompiler.scores import Agreement, FloatArray, HeadKey, HeadScores, ScoreTable
 
-__all__ = ["plain_logits", "run_block", "score_rows"]
+__all__ = ["References", "float_logits", "plain_logits", "run_block", "score_rows"]
 
 BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class References:
+    """Answers, ``float32[rows, classes]``, besides those of the candidates.
+
+    Args:
+        original: Of the backbone as it was given, where the candidates' end is another (tuned, or in another
+            precision): accuracy drops are counted from it.
+        plain: Of the plain engine that comes back where no exit pays, where it is in another precision.
+    """
+
+    original: FloatArray | None = None
+    plain: FloatArray | None = None
 
 
 def score_rows(
@@ -27,7 +43,7 @@ def score_rows(
     engines: Engines,
     rows: Rows,
     step: Step,
-    original_logits: FloatArray | None = None,
+    references: References | None = None,
 ) -> ScoreTable:
     """All heads' logits and the backbone's, on all rows.
 
@@ -39,7 +55,7 @@ def score_rows(
         engines: Make and keep the engines.
         rows: Labels and inputs.
         step: Progress, one unit a row.
-        original_logits: Of the backbone before it was fine-tuned (``plain_logits``); None: it was not.
+        references: What else is compared with.
 
     Raises:
         CalibrationError: Scores are not finite, or labels do not fit the classes.
@@ -68,7 +84,10 @@ def score_rows(
         else:
             features[key] = Agreement(scores, needs)
     backbone_logits: FloatArray = np.concatenate(backbone)
-    return ScoreTable(candidates.topology, answers, backbone_logits, rows.labels, features, original_logits)
+    beside = References() if references is None else references
+    return ScoreTable(
+        candidates.topology, answers, backbone_logits, rows.labels, features, beside.original, beside.plain
+    )
 
 
 def plain_logits(program: Program, engines: Engines, rows: Rows) -> FloatArray:
@@ -80,6 +99,19 @@ def plain_logits(program: Program, engines: Engines, rows: Rows) -> FloatArray:
         values = {name: tensor.numpy() for name, tensor in inputs.items()}
         (logits,) = run_block(block, engine, values).values()
         found.append(np.array(logits))
+    return np.concatenate(found)
+
+
+@torch.no_grad()
+def float_logits(program: Program, rows: Rows) -> FloatArray:
+    """What a network of one block answers in float32, ``float32[rows, classes]``: by torch, on the CPU.
+
+    Whatever a backend's precision is, that is what accuracy drops are counted from.
+    """
+    found = []
+    for inputs, _ in rows.batches(BATCH_SIZE):
+        (logits,) = program.entry.run(inputs).values()
+        found.append(logits.numpy())
     return np.concatenate(found)
 
 

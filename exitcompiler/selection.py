@@ -50,14 +50,23 @@ class Built:
     Args:
         program: Pruned, merged, with its gates.
         point: The policy and what it is expected to do on fresh rows.
-        block_us: Block name -> measured time of a row that comes there.
-        mean_us: Expected time of a row, by the measured blocks.
+        block_us: Block name -> measured time of a row that comes there, in the order of the program.
+        rates: Block name -> share of the rows that come there, on the learning rows.
     """
 
     program: Program
     point: FrontierPoint
     block_us: dict[str, float]
-    mean_us: float
+    rates: dict[str, float]
+
+    @property
+    def mean_us(self) -> float:
+        """Expected time of a row, by the measured blocks."""
+        return sum(time * self.rates[name] for name, time in self.block_us.items())
+
+    def retimed(self, times_us: Sequence[float]) -> Built:
+        """The same with other times of its blocks, in order."""
+        return replace(self, block_us=dict(zip(self.block_us, map(float, times_us), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ class _Bench:
             return list(tried)
         programs = [built.program.blocks for built in tried]
         times = programs_times_us(programs, self.engines, self.sample, self.settings.batch_size)
-        return [self.timed(b.program, b.point, part) for b, part in zip(tried, times, strict=True)]
+        return [built.retimed(part) for built, part in zip(tried, times, strict=True)]
 
     def timed(self, program: Program, point: FrontierPoint, times_us: Sequence[float]) -> Built:
         """A program with the times of its blocks; each ends at the place that it is called after.
@@ -183,8 +192,7 @@ class _Bench:
         place_of = {block: place for place, block in self.candidates.block_of.items()}
         passed, _ = point.policy.walk(self.table)
         rates = dict(zip(self.table.topology.places, passed.mean(axis=0).tolist(), strict=True))
-        mean_us = sum(time * rates[place_of[name]] for name, time in block_us.items())
-        return Built(program, point, block_us, mean_us)
+        return Built(program, point, block_us, {name: rates[place_of[name]] for name in block_us})
 
 
 def _best(tried: Sequence[Built], settings: Settings) -> Built:

@@ -10,9 +10,11 @@ from exitcompiler.errors import InputError
 from exitcompiler.finetuning.options import FineTune, require_finetune
 from exitcompiler.training import HeadRecipe
 
-__all__ = ["Settings"]
+__all__ = ["DEFAULT_DROP", "PRECISIONS", "Settings"]
 
 DEFAULT_DROP: Final = 0.01
+
+PRECISIONS: Final = ("fp32", "fp16", "bf16", "int8", "auto")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ class Settings:
             )
         if self.latency_budget_ms is not None and not self.latency_budget_ms > 0.0:
             raise InputError(f"latency_budget_ms={self.latency_budget_ms} is not a positive time")
-        if self.precision not in ("fp32", "fp16", "bf16"):
-            raise InputError(f"unknown precision {self.precision!r}", remedy="'fp32', 'fp16' or 'bf16'")
+        if self.precision not in PRECISIONS:
+            raise InputError(
+                f"unknown precision {self.precision!r}", remedy=f"one of {', '.join(map(repr, PRECISIONS))}"
+            )
         for name in ("batch_size", "max_exits"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -1,15 +1,19 @@
-"""The backend that a program is compiled for: the one asked for, or the one that is fastest here."""
+"""What a program is compiled for: the backend asked for or the fastest, and the plain engine to beat."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from exitcompiler.data import Rows
-from exitcompiler.engines import Engines, Lowerer
+from exitcompiler.engines import Engines, lowerer_for, typed_as
 from exitcompiler.errors import BackendUnavailableError
-from exitcompiler.profile import block_times_us
+from exitcompiler.float_layers import Settled, require_accuracy, settle
+from exitcompiler.profile import block_times_us, programs_times_us
 from exitcompiler.program import Program
+from exitcompiler.progress import Reporter
+from exitcompiler.quantization import Quantizer
 from exitcompiler.runtime.backends import (
     BACKENDS,
     DEVICE_BACKENDS,
@@ -17,9 +21,11 @@ from exitcompiler.runtime.backends import (
     create_backend,
     unavailable_reason,
 )
-from exitcompiler.settings import Settings
+from exitcompiler.scores import FloatArray
+from exitcompiler.scoring import float_logits, plain_logits
+from exitcompiler.settings import DEFAULT_DROP, Settings
 
-__all__ = ["candidate_backends", "fastest_plain"]
+__all__ = ["Target", "candidate_backends", "choose_target"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +61,90 @@ def candidate_backends(settings: Settings) -> list[Backend]:
     return found
 
 
-def fastest_plain(
-    program: Program, rows: Rows, backends: Sequence[Backend], lowerer: Lowerer, batch_size: int
+@dataclass(frozen=True)
+class Target:
+    """What a network is compiled for.
+
+    Args:
+        engines: Of the backend that was chosen.
+        times_us: Backend -> microseconds per row of the whole network in the precision asked for.
+        whole: The whole network as the backend runs it.
+        plain: What comes back where no exit pays: the whole, or the network in float32 where that is faster,
+            or where int8 does not keep the accuracy asked for.
+        plain_us: Its time per row.
+        original: What the network answers in float32 on the rows it was tried on, ``float32[rows, classes]``;
+            None: it runs in float32.
+        plain_logits: What ``plain`` answers on these; None: the same.
+        settled: How it was quantised, if it was.
+        float_us: The time per row of the network in float32, if ``whole`` is int8.
+    """
+
+    engines: Engines
+    times_us: Mapping[str, float]
+    whole: Program
+    plain: Program
+    plain_us: float
+    original: FloatArray | None = None
+    plain_logits: FloatArray | None = None
+    settled: Settled | None = None
+    float_us: float | None = None
+
+    @property
+    def plain_precision(self) -> str:
+        """In which precision the plain engine is."""
+        return self.engines.backend.precision if self.plain is self.whole else "fp32"
+
+
+def choose_target(
+    program: Program, rows: Rows, backends: Sequence[Backend], settings: Settings, reporter: Reporter
+) -> Target:
+    """The backend that runs the whole network fastest; in int8 also how it is quantised.
+
+    Args:
+        program: The network, one block.
+        rows: Real rows that it was not trained on.
+        backends: To choose from, all of one precision.
+        settings: What was asked for.
+        reporter: Progress.
+
+    Raises:
+        CalibrationError: There are too few rows to quantise it, or its accuracy does not bear it.
+        LoweringError: A backend does not take it.
+    """
+    int8 = any(typed_as(backend) == "int8" for backend in backends)
+    quantizer = Quantizer(rows) if int8 else None
+    with reporter.step("lowering the plain model" if quantizer is None else "quantising the plain model"):
+        engines, times_us = _fastest_plain(program, rows, backends, quantizer, settings.batch_size)
+    name = engines.backend.name
+    whole = engines.typed(program)
+    if engines.backend.precision == "fp32":
+        return Target(engines, times_us, whole, whole, times_us[name])
+    original = float_logits(program, rows)
+    if quantizer is None:
+        return Target(
+            engines, times_us, whole, whole, times_us[name], original, plain_logits(whole, engines, rows)
+        )
+    limit = DEFAULT_DROP if settings.drop_limit is None else settings.drop_limit
+    with reporter.step("trying int8"):
+        settled = settle(program, engines, rows, original, limit)
+        require_accuracy(settled, limit)
+    engines = settled.engines
+    whole = engines.typed(program)
+    (whole_us,), (float_us,) = programs_times_us(
+        [whole.blocks, program.blocks], engines, rows, settings.batch_size, repeats=60
+    )
+    times_us = {**times_us, name: whole_us}
+    if settled.trial.drop.value <= limit and whole_us <= float_us:
+        return Target(engines, times_us, whole, whole, whole_us, original, settled.logits, settled, float_us)
+    return Target(engines, times_us, whole, program, float_us, original, None, settled, float_us)
+
+
+def _fastest_plain(
+    program: Program,
+    rows: Rows,
+    backends: Sequence[Backend],
+    quantizer: Quantizer | None,
+    batch_size: int,
 ) -> tuple[Engines, dict[str, float]]:
     """The engines of the backend that runs the plain model fastest.
 
@@ -64,13 +152,14 @@ def fastest_plain(
         program: One block.
         rows: Real rows.
         backends: To choose from.
-        lowerer: Where ONNX models come from.
+        quantizer: For backends of precision int8.
         batch_size: How many rows a call has.
 
     Returns:
         The engines, and backend name -> microseconds per row, of all.
     """
-    engines = {backend.name: Engines(backend, lowerer) for backend in backends}
+    lowerer = lowerer_for(backends)
+    engines = {backend.name: Engines(backend, lowerer, quantizer) for backend in backends}
     times = {
         name: block_times_us(found.typed(program).blocks, found, rows, batch_size, repeats=60)[0]
         for name, found in engines.items()

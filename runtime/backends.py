@@ -97,7 +97,7 @@ class Backend(Protocol):
 
     @property
     def precision(self) -> str:
-        """``"fp32"`` or, opted in, ``"fp16"`` or ``"bf16"``."""
+        """``"fp32"`` or, opted in, ``"fp16"``, ``"bf16"`` or ``"int8"``."""
         ...
 
     @property
@@ -250,7 +250,8 @@ def create_backend(name: str, *, precision: str = "fp32", threads: int | None = 
 
     Args:
         name: One of ``BACKENDS``.
-        precision: ``"fp32"``, or ``"fp16"`` or ``"bf16"`` where the backend has it; never lowered silently.
+        precision: ``"fp32"``, or ``"fp16"``, ``"bf16"`` or ``"int8"`` where the backend has it; never lowered
+            silently.
         threads: Threads per call; None: as many as this process may use.
 
     Raises:
@@ -305,7 +306,11 @@ def share_threads(backend: str, threads: int | None) -> None:
         share_thread_pool(count)
 
 
-_HAVING: Final = {"fp16": "'cuda' or 'tensorrt'", "bf16": "'openvino', 'cuda' or 'tensorrt'"}
+_HAVING: Final = {
+    "fp16": "'cuda' or 'tensorrt'",
+    "bf16": "'openvino', 'cuda' or 'tensorrt'",
+    "int8": "'onnxruntime' or 'openvino'",
+}
 
 
 def require_precision(backend: str, precision: str, offered: Sequence[str]) -> None:

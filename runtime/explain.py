@@ -20,6 +20,7 @@ from exitcompiler.runtime.explain_cascade import (
     reference_name,
 )
 from exitcompiler.runtime.explain_finetune import finetune_text
+from exitcompiler.runtime.explain_precision import precisions_text
 from exitcompiler.runtime.manifest import OperatingPoint
 from exitcompiler.runtime.wording import (
     as_sentence,
@@ -74,6 +75,7 @@ def explain(report: Mapping[str, Any], point: OperatingPoint | None = None) -> s
     sections = (
         wrap(headline(report, point)),
         _facts(report, point),
+        precisions_text(report),
         finetune_text(report),
         networks_text(report, described_point(report), measured_rates(report), title=f"Networks{scope}"),
         _exits(report, scope),

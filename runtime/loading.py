@@ -73,7 +73,8 @@ def open_artifact(
 ) -> CompiledModel:
     """Make a program in memory ready to run; arguments and errors as in `load`."""
     manifest = artifact.manifest
-    if backend in DEVICE_BACKENDS or (backend == "auto" and manifest.backend in DEVICE_BACKENDS):
+    on_device = backend in DEVICE_BACKENDS or (backend == "auto" and manifest.backend in DEVICE_BACKENDS)
+    if on_device or "int8" in (manifest.precision, precision):
         precision = _typed_precision(artifact, precision)
     precision = manifest.precision if precision is None else precision
     threads = manifest.threads if threads is None else threads
@@ -96,19 +97,22 @@ def open_artifact(
 
 
 def _typed_precision(artifact: Artifact, asked: str | None) -> str:
-    """The precision of a program's models, which is the only one that they have on a GPU.
+    """The precision of a program's models, which is the only one that they have on a GPU, or if it is int8.
 
     Raises:
         InputError: Another one is asked for.
     """
     manifest = artifact.manifest
     # For a CPU, models are float32 whatever is asked for: there the backend lowers the precision.
-    typed = manifest.precision if manifest.backend in DEVICE_BACKENDS else "fp32"
+    in_types = manifest.backend in DEVICE_BACKENDS or manifest.precision == "int8"
+    typed = manifest.precision if in_types else "fp32"
     if asked not in (None, typed):
+        others = "" if "int8" in (asked, typed) else "on a GPU "
         raise InputError(
-            f"the program's models are typed for {typed}: on a GPU they do not run at {asked}",
+            f"the program's models are typed for {typed}: {others}they do not run at {asked}",
             where="precision",
-            remedy=f"leave precision out, or compile the model for a GPU with precision={asked!r}",
+            remedy=f"leave precision out, or compile the model {'for a GPU ' if others else ''}with "
+            f"precision={asked!r}",
         )
     return typed
 

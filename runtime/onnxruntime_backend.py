@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: fp32, inputs and outputs bound once.
+"""ONNX Runtime on the CPU: fp32 or int8 (which is in the models), inputs and outputs bound once.
 
 Threads: with one thread a session has no pool. With more, every session has a pool of its own whose
 idle workers would spin, and so take cores from the session of the block that runs next (a figure for it
@@ -96,7 +96,7 @@ class OnnxRuntimeBackend:
     """Engines that are ONNX Runtime sessions.
 
     Raises:
-        BackendUnavailableError: For a precision but fp32, or a thread count that a shared pool forbids.
+        BackendUnavailableError: For precisions there are not, or a thread count that a shared pool forbids.
     """
 
     name = _NAME
@@ -105,7 +105,7 @@ class OnnxRuntimeBackend:
     specialises = False  # a dynamic batch costs a session nothing
 
     def __init__(self, *, precision: str = "fp32", threads: int) -> None:
-        require_precision(_NAME, precision, ("fp32",))
+        require_precision(_NAME, precision, ("fp32", "int8"))
         self.precision = precision
         self.threads = threads
         self._options = _session_options(threads)

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from exitcompiler.candidates import cast_candidates, chain_candidates
+from exitcompiler.candidates import chain_candidates
 from exitcompiler.costs import CostModel
 from exitcompiler.cut_points import CutPoint
 from exitcompiler.data import Extent, Rows, TrainingData
-from exitcompiler.engines import Engines, typed_as
+from exitcompiler.engines import Engines
 from exitcompiler.finetuning.exit_ranking import JudgedSet, rank_sets
 from exitcompiler.finetuning.joint_network import backbone_logits, class_count
 from exitcompiler.flops import count_flops
@@ -243,7 +243,7 @@ def _measured(
         key: lower_head(key, head, cut.value, cut.spec, class_count(program))
         for cut, (key, head) in zip(cuts, heads.items(), strict=True)
     }
-    candidates = cast_candidates(chain_candidates(program, cuts, lowered), typed_as(engines.backend))
+    candidates = engines.typed_candidates(chain_candidates(program, cuts, lowered))
     return measure_costs(candidates, [engines.typed(program)], engines, sample, settings.batch_size)
 
 

@@ -217,7 +217,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_named_at_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     finetune, changes, message = MISTAKES[case]
-    for step in ("read_networks", "fastest_plain", "fit_exits"):
+    for step in ("read_networks", "choose_target", "fit_exits"):
         monkeypatch.setattr(f"exitcompiler.cascades.{step}", never_again(step))
     model = linear()
     options = {"train_data": TRAINING, "early_exits": True, "backend": "torch", "threads": 1} | changes

@@ -79,9 +79,10 @@ def given_to_networks(
         seen.append((settings.finetune, len(data.source)))
         return Fitted(None, (), {}, 0)
 
-    engines = SimpleNamespace(backend=SimpleNamespace(name="torch"))
+    backend = SimpleNamespace(name="torch", precision="fp32", on_device=False)
+    target = SimpleNamespace(engines=SimpleNamespace(backend=backend), settled=None)
     monkeypatch.setattr(cascades, "read_networks", lambda *given, **options: captured())
-    monkeypatch.setattr(cascades, "fastest_plain", lambda *given: (engines, {"torch": 1.0}))
+    monkeypatch.setattr(cascades, "choose_target", lambda *given: target)
     monkeypatch.setattr(cascades, "fit_exits", recorded)
     monkeypatch.setattr(cascades, "cascade_program", never_again("what comes after"))
     with pytest.raises(AssertionError, match="what comes after"):

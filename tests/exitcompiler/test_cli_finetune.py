@@ -212,7 +212,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_command(
 
     original = loop._Run._step
     monkeypatch.setattr(loop._Run, "_step", step)
-    monkeypatch.setattr("exitcompiler.compiler.cast_candidates", _stopping("training was over"))
+    monkeypatch.setattr("exitcompiler.compiler.references_of", _stopping("training was over"))
     result = call(COMPILE, *arguments)
     assert result.exit_code == 130
     assert "the last checkpoint is in kept: run the same again" in result.stderr

@@ -266,8 +266,8 @@ def test_the_checkpoint_of_a_network_with_other_places_is_refused(folder: Path) 
 def test_too_little_or_too_much_training_data_is_refused_at_once(
     own: Any, train: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for step in ("capture", "fastest_plain", "fit_exits"):
-        monkeypatch.setattr(f"exitcompiler.compiler.{step}", never_again(step))
+    for step in ("preparation.capture", "compiler.choose_target", "compiler.fit_exits"):
+        monkeypatch.setattr(f"exitcompiler.{step}", never_again(step))
     with pytest.raises(InputError, match=message):
         exitcompiler.compile(
             network(), CALIBRATION, train_data=train, finetune=tuning_of(train_data=own), backend="torch",

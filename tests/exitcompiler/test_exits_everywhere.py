@@ -71,9 +71,9 @@ def test_rows_leave_where_the_oracle_says(name: str, backend: str) -> None:
     assert len(program.exits) == len(table.exits) + 1
     judged = evaluate(policy, table, costs)
     point = FrontierPoint(1.0, policy, judged.accuracy_drop, judged.mean_us, judged)
-    built = Built(program, point, {}, judged.mean_us)
+    built = Built(program, point, {}, {})
     structure = OutputStructure("tensor")
-    artifact = pack([built], plain, 1.0, 1.0, structure, engines.backend, engines.lowerer, settings)
+    artifact = pack([built], plain, 1.0, None, structure, engines.backend, engines.lowerer, settings)
     compiled = CompiledModel(artifact, engines.backend)
     some = rows.take(slice(0, 40))
     oracle = interpret(program, some.inputs)

@@ -42,7 +42,8 @@ def packed(backend: str) -> Artifact:
     )
     engine_backend = create_backend(backend, threads=1)
     structure = OutputStructure("tensor")
-    return pack([built], BACKBONE, 20.0, 0.9, structure, engine_backend, LOWERER, Settings())
+    plain: Any = SimpleNamespace(accuracy=0.9, accuracy_drop=0.0, excess_error=0.0)
+    return pack([built], BACKBONE, 20.0, plain, structure, engine_backend, LOWERER, Settings())
 
 
 def refuse(body: object) -> tuple[bytes, bytes]:

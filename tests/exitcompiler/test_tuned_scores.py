@@ -75,7 +75,7 @@ def test_original_logits_that_do_not_fit_are_refused() -> None:
     table = tuned(make_table(rows=20, exits=1))
     assert table.original_logits is not None
     for wrong in (table.original_logits[:19], table.original_logits[:, :4]):
-        with pytest.raises(CalibrationError, match=r"original backbone.*\n?.*the tuned backbone's have"):
+        with pytest.raises(CalibrationError, match=r"original backbone.*\n?.*the backbone's have"):
             replace(table, original_logits=wrong)
     spoiled = table.original_logits.copy()
     spoiled[[3, 7], 1] = np.inf

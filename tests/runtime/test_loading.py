@@ -93,6 +93,11 @@ def test_loading_and_running_needs_no_torch(saved: Path) -> None:
     )
 
 
+def test_what_is_in_float32_is_not_loaded_as_int8(saved: Path) -> None:
+    with pytest.raises(InputError, match=r"typed for fp32: they do not run at int8\n.*precision='int8'"):
+        load(saved, precision="int8")
+
+
 def truncate(folder: Path) -> None:
     file = some_block(folder)
     file.write_bytes(file.read_bytes()[:-1])
