@@ -7,6 +7,7 @@
 #   make bench      the CIFAR-10 benchmark: make bench DATA=folder WEIGHTS=folder
 #   make bench-cascade  that of cascades, likewise
 #   make bench-finetune  that of fine-tuned exits, likewise: an hour and a quarter on two cores, most of it training
+#   make bench-int8  that of int8, likewise: twenty minutes, and as many more to train where nothing is trained yet
 #   make zoo        which networks of torchvision, timm and transformers compile (docs/zoo.md): two hours
 #   make bench-budgets  how often `exitcompiler check` is right: two hours on an idle machine
 #   make gpu-check  on a machine with a GPU: tests and figures, nothing is installed (docs/gpu.md)
@@ -39,10 +40,10 @@ GPU_ARGS ?=
 # The one that has torch: what PYTHON says, else that of .venv where there is one.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))
 
-.PHONY: help setup demo check-demo test test-all lint types format bench bench-cascade bench-finetune bench-budgets zoo gpu-check clean distclean force
+.PHONY: help setup demo check-demo test test-all lint types format bench bench-cascade bench-finetune bench-int8 bench-budgets zoo gpu-check clean distclean force
 
 help:
-	@sed -n '3,14s/^#  *//p' Makefile
+	@sed -n '3,15s/^#  *//p' Makefile
 
 setup: $(REFRESHED)
 
@@ -106,6 +107,10 @@ bench-cascade: setup
 bench-finetune: setup
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench-finetune DATA=folder WEIGHTS=folder"; exit 2; }
 	$(BIN)/python benchmarks/cifar10_finetune.py --data "$(DATA)" --weights "$(WEIGHTS)" $(BENCH_ARGS)
+
+bench-int8: setup
+	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench-int8 DATA=folder WEIGHTS=folder"; exit 2; }
+	$(BIN)/python benchmarks/cifar10_int8.py --data "$(DATA)" --weights "$(WEIGHTS)" $(BENCH_ARGS)
 
 bench-budgets: setup
 	$(BIN)/python benchmarks/budgets.py $(BUDGETS_ARGS)

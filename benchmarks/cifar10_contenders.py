@@ -180,7 +180,7 @@ def without_exits(job: Job, program: Program, structure: OutputStructure) -> Art
         [],
         program,
         0.0,  # estimates are not read here
-        0.0,
+        None,
         structure,
         backend,
         Lowerer(),

@@ -102,7 +102,7 @@ def compile_with_exits(module: nn.Module, inputs: Mapping[str, Tensor], progress
     with progress.stage("lower"):
         backend = create_backend("onnxruntime", threads=1)
         # The program stands in for the plain network, which nothing here runs: it is lowered once.
-        artifact = pack([], program, 1.0, 1.0, captured.structure, backend, Lowerer(), Settings())
+        artifact = pack([], program, 1.0, None, captured.structure, backend, Lowerer(), Settings())
         figures["model_bytes"] = len(artifact.files[MODEL_FILE])
     rows = Rows(dict(inputs), None)
     with progress.stage("forced exits"):
