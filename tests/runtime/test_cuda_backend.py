@@ -76,7 +76,7 @@ def test_auto_asks_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendUnavailableError, match=r"no precision 'fp16'\n.*'cuda' or 'tensorrt'"):
         create_backend("onnxruntime", precision="fp16")
     with pytest.raises(InputError, match="unknown precision"):
-        Settings(precision="int8")
+        Settings(precision="int4")
 
 
 @no_gpu
