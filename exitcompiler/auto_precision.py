@@ -182,7 +182,6 @@ class _Auto:
         self, given: Prepared, target: Target, learned: Mapping[str, _Learned], refused: str | None
     ) -> tuple[list[dict[str, Any]], str]:
         """All that was tried, timed in turns, and the name of the fastest that keeps the limit."""
-        limit = DEFAULT_DROP if self.settings.drop_limit is None else self.settings.drop_limit
         programs: dict[str, Program] = {FLOAT: given.program}
         drops = {FLOAT: 0.0}
         if target.settled is not None:
@@ -200,14 +199,7 @@ class _Auto:
             name: learned[name].selection.chosen.retimed(part).mean_us if name in learned else part[0]
             for name, part in zip(programs, times, strict=True)
         }
-        budget_us = self.settings.budget_us
-        kept = [
-            name
-            for name in programs
-            if (drops[name] <= limit if budget_us is None else mean_us[name] <= budget_us)
-        ]
-        order = (lambda n: (mean_us[n],)) if budget_us is None else (lambda n: (drops[n], mean_us[n]))
-        best = min(kept or [FLOAT], key=order)
+        kept, best = self._best(drops, mean_us)
         rows = [
             {
                 "name": name,
@@ -221,6 +213,27 @@ class _Auto:
         if refused is not None:
             rows.append({"name": INT8, "refused": refused, "kept": False, "chosen": False})
         return rows, best
+
+    def _best(self, drops: Mapping[str, float], mean_us: Mapping[str, float]) -> tuple[list[str], str]:
+        """Those that keep the limit, and the fastest of them; under a latency budget, the most accurate.
+
+        Raises:
+            InputError: None keeps the budget; says what the fastest takes.
+        """
+        settings = self.settings
+        if settings.budget_us is None:
+            limit = DEFAULT_DROP if settings.drop_limit is None else settings.drop_limit
+            kept = [name for name, drop in drops.items() if drop <= limit]
+            return kept, min(kept, key=mean_us.__getitem__)
+        kept = [name for name, time_us in mean_us.items() if time_us <= settings.budget_us]
+        if not kept:
+            fastest_ms = min(mean_us.values()) * settings.batch_size / 1000.0
+            raise InputError(
+                f"nothing keeps a mean latency of {settings.latency_budget_ms} ms, neither in float32 nor "
+                f"in int8; the fastest that was built takes {fastest_ms:.3f} ms",
+                remedy="raise the budget",
+            )
+        return kept, min(kept, key=lambda name: (drops[name], mean_us[name]))
 
     def _target_of(self, best: str, given: Prepared, target: Target) -> Target:
         """What the best one is delivered for: float32 alone where no int8 is in it, or beside it."""
