@@ -10,24 +10,22 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 from torch import fx
 
 from exitcompiler.data import Rows
-from exitcompiler.errors import LoweringError
+from exitcompiler.errors import BackendUnavailableError, LoweringError
 from exitcompiler.fx_utils import node_spec, result_nodes
 from exitcompiler.onnx_utils import GraphIndex
 from exitcompiler.passes.lower_to_onnx import lower_blocks
 from exitcompiler.program import Block, Return
-from exitcompiler.quantized_body import BodyScales, Scale, weight_axis
+from exitcompiler.quantized_body import BodyScales, Scale, has_constant_weight
 
 __all__ = ["calibrate"]
 
@@ -49,37 +47,87 @@ _PRODUCTS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 def calibrate(block: Block, rows: Rows, *, kept_float: Collection[str] = ()) -> BodyScales:
     """How the values of a network are quantised: min and max on calibration rows, weights per channel.
 
+    Of what the quantiser finds, only what serves a product with an integer weight is taken over: other pairs
+    would cost accuracy, and bring nothing.
+
     Args:
         block: The whole network and its heads, with batch norms folded; its results are their logits, and
             these, with the products that make them, stay float32: a confidence of 0.998 cannot be told in
-            255 steps.
+            255 steps. So do products of two activations.
         rows: Calibration rows.
         kept_float: Names of further products that stay float32.
 
     Raises:
-        LoweringError: The network cannot be lowered, or the quantiser does not take it.
+        LoweringError: The network cannot be lowered, the quantiser does not take it, or it has no product
+            that could be quantised.
+        BackendUnavailableError: The quantiser is not installed.
     """
     model = _with_all_names(block)
     index = GraphIndex.of(model)
-    excluded = {index.producers[name].name for name in kept_float if name in index.producers}
-    excluded |= _last_products(index, [value.name for value in model.graph.output])
+    excluded = _last_products(index, [*(value.name for value in model.graph.output), *kept_float])
+    excluded |= {
+        node.name
+        for node in model.graph.node
+        if node.op_type in _PRODUCTS and node.input[1] not in index.initializers
+    }
     readers = _Readers(rows, [value.name for value in model.graph.input])
     quantized = _quantize(model, readers, sorted(excluded))
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantized.graph.initializer}
-    names = {node.name: node for node in block.body.graph.nodes}
+    nodes = {node.name: node for node in block.body.graph.nodes}
     values = {}
     for node in quantized.graph.node:
-        if node.op_type == "QuantizeLinear" and node.input[0] in names:
+        if node.op_type == "QuantizeLinear" and node.input[0] in nodes:
             values[node.input[0]] = Scale(float(weights[node.input[1]]), int(weights[node.input[2]]))
-    products = {
+    products = frozenset(
         name
-        for name, node in names.items()
-        if weight_axis(node) is not None
+        for name, node in nodes.items()
+        if has_constant_weight(node)
         and node.args[0].name in values
         and _has_integer_weight(name, index, weights)
-    }
-    logger.info("int8: %d values, %d products", len(values), len(products))
-    return BodyScales(values, frozenset(products))
+    )
+    if not products:
+        raise LoweringError(
+            "the network has no convolution or linear layer, besides the last, that could be quantised",
+            where="precision 'int8'",
+            remedy="use another precision: 'fp32', or 'bf16' with backend='openvino'",
+        )
+    useful = _useful(block.body, values, products, index)
+    logger.info("int8: %d values, %d products", len(useful), len(products))
+    return BodyScales({name: values[name] for name in useful}, products)
+
+
+def _useful(
+    body: fx.GraphModule, values: Collection[str], products: Collection[str], index: GraphIndex
+) -> set[str]:
+    """The values whose quantisation lets a product, or what lies between products, run on integers.
+
+    A value counts if it goes into an integer product, or into an operator that runs on integers and whose own
+    result counts. It counts as well if it comes out of a convolution, which is one kernel with the step to
+    integers behind it; or of an operator that runs on integers, all of whose inputs count.
+    """
+
+    def between(node: fx.Node) -> bool:
+        made_by = index.producers.get(node.name)
+        return made_by is not None and made_by.op_type in _QUANTIZED and made_by.op_type not in _PRODUCTS
+
+    def is_convolution(node: fx.Node) -> bool:
+        return node.name in products and node.target is not torch.ops.aten.linear.default
+
+    useful: set[str] = set()
+    for node in reversed(body.graph.nodes):
+        for user in node.users:
+            into_product = user.name in products and user.args[0] is node
+            if node.name in values and (into_product or (user.name in useful and between(user))):
+                useful.add(node.name)
+    for node in body.graph.nodes:
+        sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        # An activation behind a convolution has no pair of its own in between.
+        inside = (
+            between(node) and bool(sources) and all(s.name in useful or is_convolution(s) for s in sources)
+        )
+        if node.name in values and (is_convolution(node) or inside):
+            useful.add(node.name)
+    return useful
 
 
 def _with_all_names(block: Block) -> onnx.ModelProto:
@@ -126,7 +174,7 @@ def _has_integer_weight(name: str, index: GraphIndex, weights: Mapping[str, Any]
     return node is not None and f"{node.input[1]}_quantized" in weights
 
 
-class _Readers(CalibrationDataReader):  # type: ignore[misc]
+class _Readers:
     """Calibration rows as the quantiser asks for them."""
 
     def __init__(self, rows: Rows, names: Collection[str]) -> None:
@@ -140,15 +188,16 @@ class _Readers(CalibrationDataReader):  # type: ignore[misc]
         return next(self._batches, None)
 
 
-@dataclass(frozen=True)
-class _Silence(logging.Filter):
-    """The quantiser advises people on the root logger; what it says is done here already."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return False
-
-
 def _quantize(model: onnx.ModelProto, readers: _Readers, excluded: list[str]) -> onnx.ModelProto:
+    try:
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"int8 needs ONNX Runtime's quantiser, whatever backend runs: {error}",
+            where="precision 'int8'",
+            remedy="pip install onnxruntime",
+        ) from error
     add_pre_process_metadata(model)
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"

@@ -36,7 +36,7 @@ from exitcompiler.runtime.backends import Backend
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.scoring import float_logits, plain_logits
 from exitcompiler.selection import select_points
-from exitcompiler.settings import DEFAULT_DROP, Settings
+from exitcompiler.settings import Settings
 from exitcompiler.targets import Target, candidate_backends, choose_target
 from exitcompiler.training import HeadRecipe
 
@@ -204,10 +204,14 @@ class _Cascade:
         findings.asked_to_tune(tunings)
         findings.seconds = reporter.seconds
         learn = rows.take(split.learn)
-        target = choose_target(reference.program, learn, self.backends, settings, reporter)
+        precisions = dict(
+            zip(given, self.options.precisions or [settings.precision] * len(given), strict=True)
+        )
+        required = precisions[reference.name] != "fp32"
+        target = choose_target(reference.program, learn, self.backends, settings, reporter, required=required)
         engines = target.engines
         findings.chose_target(target)
-        engines_of = self._engines_of(networks, given, target, learn, findings)
+        engines_of = self._engines_of(networks, precisions, target, learn, findings)
         fitted: dict[str, Fitted] = {}
         for network in networks if self.options.early_exits else ():
             name, own = network.name, replace(settings, finetune=tunings[network.name])
@@ -218,11 +222,11 @@ class _Cascade:
         uncast = cascade_program([_member(network, fitted, engines_of) for network in networks], edges)
         candidates = uncast if _is_int8(engines) else engines.typed_candidates(uncast)
         wholes = [engines_of[network.name].typed(network.program) for network in networks]
-        references = references_of(target, learn, tuned=_is_tuned(reference, fitted))
+        references = references_of(target, wholes[-1], learn, tuned=_is_tuned(reference, fitted))
         table, costs = measure(candidates, wholes, learn, target, settings, reporter, references)
         for network, whole in zip(networks, wholes, strict=True):
             if _is_tuned(network, fitted):
-                before = table.reference_correct  # the table has no answers of others as they were given
+                before = table.plain_correct  # the table has no answers of others as they were given
                 if network is not reference:
                     with reporter.step(f"scoring {network.name} as it was given"):
                         before = plain_logits(whole, engines, learn).argmax(axis=1) == table.targets
@@ -245,7 +249,7 @@ class _Cascade:
     def _engines_of(
         self,
         networks: Sequence[Network],
-        given: Sequence[str],
+        precisions: Mapping[str, str],
         target: Target,
         learn: Rows,
         findings: CascadeFindings,
@@ -254,9 +258,6 @@ class _Cascade:
         engines = target.engines
         if not _is_int8(engines):
             return dict.fromkeys((network.name for network in networks), engines)
-        listed = self.options.precisions or ["int8"] * len(given)
-        precisions = dict(zip(given, listed, strict=True))
-        limit = DEFAULT_DROP if self.settings.drop_limit is None else self.settings.drop_limit
         found = {}
         for network in networks:
             found[network.name] = Engines(engines.backend, engines.lowerer)
@@ -268,7 +269,7 @@ class _Cascade:
             with self.reporter.step(f"quantising {network.name}"):
                 trial = replace(found[network.name], quantizer=Quantizer(learn))
                 exact = float_logits(network.program, learn)
-                settled = settle(network.program, trial, learn, exact, limit)
+                settled = settle(network.program, trial, learn, exact, self.settings.plain_limit)
             findings.quantized_network(network.name, settled)
             found[network.name] = settled.engines
         return found

@@ -207,7 +207,7 @@ def cascade_command(
         max_accuracy_drop=max_drop,
         latency_budget_ms=latency_budget_ms,
         backend=backend,
-        precision=precision.split(",") if "," in precision else precision,
+        precision=options.read_precisions(precision),
         batch_size=batch_size,
         threads=threads,
         seed=seed,

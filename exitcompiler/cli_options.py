@@ -44,6 +44,7 @@ __all__ = [
     "read_buckets",
     "read_edges",
     "read_logits",
+    "read_precisions",
     "read_preprocessing",
     "require_one_per_network",
     "require_one_target",
@@ -219,6 +220,11 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 def read_logits(text: str | None) -> str | int | None:
     """Which output holds the logits: a name, or a number."""
     return int(text) if text is not None and text.isdecimal() else text
+
+
+def read_precisions(text: str) -> str | list[str]:
+    """One precision for all networks, or, with commas, one for each."""
+    return [part.strip() for part in text.split(",")] if "," in text else text
 
 
 def read_edges(edges: Sequence[str], names: Sequence[str]) -> list[tuple[str | int, str | int]] | None:

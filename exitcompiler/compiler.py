@@ -203,10 +203,10 @@ class _Compilation:
             plain = delivery.of_plain(no_place(fitted.places))
             return Details(plain, program, engines, split, fitted=(fitted,))
         candidates = engines.typed_candidates(fitted.candidates)
-        references = references_of(target, learn, tuned=fitted.tuned is not None)
+        references = references_of(target, target.whole, learn, tuned=fitted.tuned is not None)
         table, costs = measure(candidates, [target.whole], learn, target, settings, reporter, references)
         if fitted.tuned is not None:
-            findings.tuned(fitted, table.backbone_correct, table.reference_correct)
+            findings.tuned(fitted, table.backbone_correct, table.plain_correct)
         selection = select_points(candidates, table, costs, engines, learn, settings, reporter)
         findings.selected(selection, table, costs)
         compiled = delivery.of_selection(selection)
@@ -235,22 +235,23 @@ def measure(
         references: What else answers are compared with.
     """
     with reporter.step("lowering segments and heads"):
-        costs = measure_costs(candidates, wholes, target.engines, learn, settings.batch_size, target.plain)
+        costs = measure_costs(candidates, wholes, target.engines, learn, settings.batch_size)
     with reporter.step("scoring calibration rows", len(learn)) as step:
         return score_rows(candidates, target.engines, learn, step, references), costs
 
 
-def references_of(target: Target, learn: Rows, *, tuned: bool) -> References:
+def references_of(target: Target, whole: Program, learn: Rows, *, tuned: bool) -> References:
     """What the candidates' answers are compared with.
 
     Args:
         target: Of the network as it was given.
-        learn: The learning rows, which it was chosen on.
+        whole: That network as it ends the candidates, but not tuned: in float32, or as ``target`` has it.
+        learn: The learning rows, which the target was chosen on.
         tuned: Whether the candidates' own end is another one.
     """
     if tuned and target.original is None:
-        return References(plain_logits(target.whole, target.engines, learn))
-    return References(target.original, target.plain_logits)
+        return References(plain_logits(whole, target.engines, learn))
+    return References(target.original, target.whole_logits if whole is target.whole else None)
 
 
 def no_place(places: Sequence[Place]) -> str:

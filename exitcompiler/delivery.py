@@ -17,6 +17,7 @@ from exitcompiler.findings import Findings
 from exitcompiler.packaging import pack, point_name
 from exitcompiler.program import Program
 from exitcompiler.progress import Reporter
+from exitcompiler.quantized_body import is_quantized
 from exitcompiler.runtime.backends import Array
 from exitcompiler.runtime.compiled import CompiledModel
 from exitcompiler.runtime.manifest import Artifact, Execution
@@ -87,7 +88,7 @@ class Delivery:
         with self.reporter.step("checking outputs against torch"):
             self.findings.parity = self._check_points(compiled, selection)
         with self.reporter.step("measuring against the plain engine"):
-            execution = self._faster_execution(compiled)
+            execution = self._faster_execution(compiled, self._precision_of(chosen.program))
             compiled = compiled.with_artifact(_with_execution(artifact, execution))
             latency = measure_speedup(
                 compiled, compiled.plain, self.fresh, self.settings.batch_size,
@@ -121,14 +122,17 @@ class Delivery:
         )  # fmt: skip
         compiled = CompiledModel(artifact, self.engines.backend)
         like = self.target.plain if typed_as(self.engines.backend) == "int8" else self.original
-        self.findings.parity = check_parity(compiled, like, self.fresh, self.engines.backend.precision)
-        answers, _ = answers_of(compiled, self.fresh)
+        self.findings.parity = check_parity(compiled, like, self.fresh, self._precision_of(like))
         reference = self._reference_answers(compiled)
-        targets = reference if self.fresh.labels is None else self.fresh.labels
-        accuracy, before = float((answers == targets).mean()), float((reference == targets).mean())
-        excess = float(((reference == targets) & (answers != targets)).mean())
+        certificate, seen = certify(compiled, reference, self.fresh, self.settings.drop_limit)
+        accuracy, before = certificate["accuracy"], certificate["backbone_accuracy"]
+        excess = certificate["errors"] / certificate["rows"]
         compiled = compiled.with_artifact(_with_plain_accuracy(artifact, accuracy, before - accuracy, excess))
-        return self._complete(compiled, None)
+        if self.target.plain_precision == "fp32":
+            return self._complete(compiled, None)
+        # It is not the network that was given, so it has something to certify.
+        self.findings.certified(certificate, seen)
+        return self._complete(compiled, certificate)
 
     def _reference_answers(self, compiled: CompiledModel) -> Array:
         """The class that the original network gives every fresh row."""
@@ -138,12 +142,23 @@ class Delivery:
 
     def _check_points(self, compiled: CompiledModel, selection: Selection) -> float:
         """Parity of every shipped point; many rows for the chosen one, a few for the others."""
-        precision = self.engines.backend.precision
-        worst = check_parity(compiled, self._in_float32(selection.chosen), self.fresh, precision)
+        chosen = selection.chosen
+        precision = self._precision_of(chosen.program)
+        worst = check_parity(compiled, self._in_float32(chosen), self.fresh, precision)
         for built in selection.shipped:
-            other = compiled.select(name=point_name(built.point.accuracy_drop))
+            other, precision = (
+                compiled.select(name=point_name(built.point.accuracy_drop)),
+                self._precision_of(built.program),
+            )
             worst = max(worst, check_parity(other, self._in_float32(built), self.fresh, precision, count=2))
         return worst
+
+    def _precision_of(self, program: Program) -> str:
+        """What a program computes in: one for a backend of precision int8 may be in float32 all the same."""
+        precision = self.engines.backend.precision
+        if precision != "int8" or any(is_quantized(block.body) for block in program.blocks):
+            return precision
+        return "fp32"
 
     def _in_float32(self, built: Built) -> Program:
         """The program of an operating point as it was before it was cast.
@@ -154,12 +169,12 @@ class Delivery:
             return built.program
         return build_program(self.uncast, built.point.policy)
 
-    def _faster_execution(self, compiled: CompiledModel) -> Execution:
+    def _faster_execution(self, compiled: CompiledModel, precision: str) -> Execution:
         """An engine per block, unless one engine of the one-file model is measurably faster for one row."""
         if compiled.backend.form == "torch" or compiled.backend.on_device:
             return "blocks"
         one_file = compiled.with_artifact(_with_execution(compiled.artifact, "single"))
-        check_one_file(one_file, compiled, self.fresh, self.engines.backend.precision)
+        check_one_file(one_file, compiled, self.fresh, precision)
         times = measure_speedup(one_file, compiled, self.fresh, 1, repeats=400, seed=self.settings.seed)
         single, blocks = times["program"]["mean_ms"], times["plain"]["mean_ms"]
         self.findings.note(
@@ -170,6 +185,7 @@ class Delivery:
     def _complete(self, compiled: CompiledModel, certificate: Mapping[str, Any] | None) -> CompiledModel:
         """The same model with its report and certificate."""
         manifest = replace(compiled.artifact.manifest, certificate=certificate)
+        self.findings.delivered(manifest.precision, self.target)
         artifact = replace(compiled.artifact, manifest=manifest, report=self.findings.report())
         return compiled.with_artifact(artifact, notes=self.findings.notes)
 

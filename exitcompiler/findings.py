@@ -91,6 +91,19 @@ class Findings:
         if target.settled is not None:
             self._report["quantization"] = quantization_entry(target)
 
+    def delivered(self, precision: str, target: Target) -> None:
+        """What the result computes in, and what the plain engine does that it was compared with."""
+        self._report["precision"] = precision
+        if "quantization" in self._report:
+            self._report["quantization"]["plain"] = target.plain_precision
+        drop = (self._report.get("certificate") or {}).get("accuracy_drop", {})
+        limit = self._settings.drop_limit
+        if self._report["refused"] and limit is not None and drop.get("value", 0.0) > limit:
+            self.note(
+                f"without exits, {precision} drops {100 * drop['value']:.2f} points on rows that nothing was "
+                f"chosen on, {100 * limit:.2f} are allowed"
+            )
+
     def compared_precisions(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """What there was in each precision.
 
@@ -154,7 +167,8 @@ class Findings:
         if self.parity is not None:
             report["parity"] = {"max_relative_difference": self.parity}
             report["notes"].append(
-                f"outputs agree with torch's float32 to {self.parity:.1g} (relative, every exit in turn)"
+                f"outputs agree with {_compared_with(report)} to {self.parity:.1g} "
+                "(relative, every exit in turn)"
             )
         if report["refused"]:
             for entry in report.get("exits", []):
@@ -252,6 +266,10 @@ class Findings:
             "accuracy_drop": float(evaluation.accuracy_drop),
             "mean_latency_ms": self._ms(evaluation.mean_us),
         }
+
+
+def _compared_with(report: Mapping[str, Any]) -> str:
+    return "torch's, on the same int8 graph," if report.get("precision") == "int8" else "torch's float32"
 
 
 def place_entry(place: Place) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from exitcompiler.data import Rows
 from exitcompiler.engines import Engines
 from exitcompiler.errors import CalibrationError
 from exitcompiler.program import Program
-from exitcompiler.quantization import NEXT_BEST
-from exitcompiler.quantized_body import WEIGHT_AXIS, fold_norms, weight_axis
+from exitcompiler.quantization import NEXT_BEST, evenly_spaced
+from exitcompiler.quantized_body import PRODUCTS, fold_norms, has_constant_weight
 from exitcompiler.scores import BoolArray, FloatArray
 from exitcompiler.scoring import plain_logits
 from exitcompiler.statistics import Interval, mean_difference_interval
@@ -148,9 +148,9 @@ def rank_products(program: Program, quantized: Program, rows: Rows) -> list[str]
     Args:
         program: In float32, one block.
         quantized: The same in int8.
-        rows: The first few are used.
+        rows: A few of them are used.
     """
-    inputs = rows.take(slice(0, RANKING_ROWS)).inputs
+    inputs = evenly_spaced(rows, RANKING_ROWS).inputs
     body = fold_norms(program.entry.body)
     arguments = [inputs[name] for name in program.inputs]
     exact = dict(_values(body, arguments))
@@ -162,12 +162,12 @@ def rank_products(program: Program, quantized: Program, rows: Rows) -> list[str]
     on_integers = {
         node.name
         for node in quantized.entry.body.graph.nodes
-        if node.target in WEIGHT_AXIS and node.args[1].op == "call_function"
+        if node.target in PRODUCTS and node.args[1].op == "call_function"
     }
     added = {
         node.name: departure[node.name] - departure.get(node.args[0].name, 0.0)
         for node in body.graph.nodes
-        if weight_axis(node) is not None and node.name in departure and node.name in on_integers
+        if has_constant_weight(node) and node.name in departure and node.name in on_integers
     }
     return sorted(added, key=lambda name: -added[name])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +17,7 @@ from exitcompiler.evaluation import Evaluation
 from exitcompiler.machine import processor_name
 from exitcompiler.passes.assemble_onnx import assemble_onnx
 from exitcompiler.program import BlockInterface, Program
+from exitcompiler.quantized_body import is_quantized
 from exitcompiler.runtime.backends import Backend
 from exitcompiler.runtime.device_engines import DeviceBackend
 from exitcompiler.runtime.manifest import (
@@ -93,7 +94,7 @@ def pack(
         outputs=plain.outputs,
         output_structure=structure,
         backend=backend.name,
-        precision=backend.precision,
+        precision=_precision(backend, programs.values()),
         threads=backend.threads,
         batch_size=settings.batch_size,
         operating_points=tuple(packed),
@@ -104,6 +105,14 @@ def pack(
     )
     artifact = Artifact(manifest, files, {}, partial(_add_torch_graphs, programs))
     return with_torch_graphs(artifact) if backend.form == "torch" else artifact
+
+
+def _precision(backend: Backend, programs: Iterable[Program]) -> str:
+    """What the models are in: where nothing turned out to be quantised, that is float32 after all."""
+    if backend.precision != "int8":
+        return backend.precision
+    bodies = [block.body for program in programs for block in program.blocks]
+    return "int8" if any(map(is_quantized, bodies)) else "fp32"
 
 
 def _point(

@@ -32,7 +32,6 @@ def measure_costs(
     engines: Engines,
     rows: Rows,
     batch_size: int,
-    plain: Program | None = None,
 ) -> CostModel:
     """The cost of every segment and every head, per row.
 
@@ -42,18 +41,17 @@ def measure_costs(
 
     Args:
         candidates: Sites and heads.
-        wholes: The untouched networks, each one block, in the order of the topology.
+        wholes: The untouched networks, each one block, in the order of the topology; the last one is what
+            all is compared with.
         engines: Make and keep the engines.
         rows: At least ``batch_size`` real rows.
         batch_size: How many rows a call has.
-        plain: What all is compared with; None: the last of the networks.
     """
     topology = candidates.topology
     heads = {key: candidates.head_block(key) for key in candidates.heads}
     segments = [candidates.program.block(candidates.block_of[place]) for place in topology.places]
     seams = len(segments) - len(wholes)
-    plain = wholes[-1] if plain is None else plain
-    programs = [[*segments, *heads.values()], *([whole.entry] for whole in (*wholes, plain))]
+    programs = [[*segments, *heads.values()], *([whole.entry] for whole in wholes)]
     if not seams:
         programs.append([_with_own_head(candidates)])
     times, *alone = programs_times_us(programs, engines, rows, batch_size)
@@ -72,7 +70,7 @@ def measure_costs(
         ),
         head_us={key: max(0.0, t - call_us) for key, t in zip(heads, head_times, strict=True)},
         gate_us=call_us if seams else 0.0,
-        plain_us=alone[len(wholes)][0],
+        plain_us=whole_times[-1],
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+import numpy as np
 from torch import fx
 
 from exitcompiler.calibrated_scales import calibrate
@@ -19,7 +20,7 @@ from exitcompiler.program import Block, Program
 from exitcompiler.quantized_body import BodyScales, fold_norms
 from exitcompiler.scores import HeadKey
 
-__all__ = ["CALIBRATION_ROWS", "FEWEST_ROWS", "NEXT_BEST", "Quantizer"]
+__all__ = ["CALIBRATION_ROWS", "FEWEST_ROWS", "NEXT_BEST", "Quantizer", "evenly_spaced"]
 
 CALIBRATION_ROWS: Final = 512
 """Rows that ranges are told from; more change little, since the largest of many values is what counts."""
@@ -36,7 +37,7 @@ class Quantizer:
     """Quantises programs with ranges from calibration rows, and remembers what it has quantised.
 
     Args:
-        rows: Real rows; the first ``CALIBRATION_ROWS`` are used.
+        rows: Real rows; ``CALIBRATION_ROWS`` of them are used, evenly spaced: rows may come sorted.
         kept_float: Names of convolutions and linear layers, of whatever network, that stay float32.
 
     Raises:
@@ -90,9 +91,17 @@ class Quantizer:
         self, program: Program, heads: Mapping[HeadKey, fx.GraphModule]
     ) -> tuple[Program, dict[HeadKey, BodyScales]]:
         joint = _join(program, heads)
-        found = calibrate(joint.block, self.rows.take(slice(0, CALIBRATION_ROWS)), kept_float=self.kept_float)
+        some = evenly_spaced(self.rows, CALIBRATION_ROWS)
+        found = calibrate(joint.block, some, kept_float=self.kept_float)
         scales = {block.name: joint.scales_of(block.name, found) for block in program.blocks}
         return quantize(program, scales), {key: joint.scales_of(key, found) for key in heads}
+
+
+def evenly_spaced(rows: Rows, count: int) -> Rows:
+    """At most so many rows, from all over."""
+    if len(rows) <= count:
+        return rows
+    return rows.take(np.linspace(0, len(rows) - 1, count).astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -102,16 +111,18 @@ class _Joint:
     Args:
         block: Its results are the logits of all heads, then the chain's own.
         names: Block name, or key of a head -> name of a value there -> name in the joint block.
+        made: The same -> names of the values that are made there, and do not come in.
     """
 
     block: Block
     names: Mapping[str | HeadKey, Mapping[str, str]]
+    made: Mapping[str | HeadKey, frozenset[str]]
 
     def scales_of(self, owner: str | HeadKey, found: BodyScales) -> BodyScales:
         """What was found, for one of the parts."""
-        names = self.names[owner]
+        names, made = self.names[owner], self.made[owner]
         values = {name: found.values[joint] for name, joint in names.items() if joint in found.values}
-        return BodyScales(values, frozenset(n for n, joint in names.items() if joint in found.products))
+        return BodyScales(values, frozenset(name for name in made if names[name] in found.products))
 
 
 def _join(program: Program, heads: Mapping[HeadKey, fx.GraphModule]) -> _Joint:
@@ -119,27 +130,34 @@ def _join(program: Program, heads: Mapping[HeadKey, fx.GraphModule]) -> _Joint:
     builder = BodyBuilder(reserved=())
     known: dict[str, fx.Node] = {}
     names: dict[str | HeadKey, dict[str, str]] = {}
+    made: dict[str | HeadKey, frozenset[str]] = {}
     entry = nodes_by_name(program.entry.body)
     for name in program.inputs:
         known[name] = builder.placeholder(name, entry[name])
     logits: dict[str, tuple[fx.Node, ValueSpec]] = {}
     for block in program.blocks:
         _require_chain(block)
-        names[block.name] = _append(fold_norms(block.body), builder, known)
+        body = fold_norms(block.body)
+        names[block.name], made[block.name] = _append(body, builder, known), _made(body)
         if isinstance(block.terminator, Return):
             logits |= {v: (known[v], block.values[v]) for v in block.terminator.values if v in block.results}
     for key, body in heads.items():
         answer, *_ = result_nodes(body)
         few = extract_body(body, [n.name for n in body.graph.find_nodes(op="placeholder")], [answer.name])
         seen = dict(known)
-        names[key] = _append(fold_norms(few), builder, seen)
+        few = fold_norms(few)
+        names[key], made[key] = _append(few, builder, seen), _made(few)
         logits[answer.name] = (seen[answer.name], _logits_spec(program))
     for name, (node, _) in logits.items():
         builder.hand_over_name(node, name, f"{name}_other")
     whole = builder.finish([node for node, _ in logits.values()])
     results = {name: spec for name, (_, spec) in logits.items()}
     block = Block(program.entry.name, dict(program.inputs), results, Return(tuple(results), "joint"), whole)
-    return _Joint(block, names)
+    return _Joint(block, names, made)
+
+
+def _made(body: fx.GraphModule) -> frozenset[str]:
+    return frozenset(node.name for node in body.graph.nodes if node.op == "call_function")
 
 
 def _logits_spec(program: Program) -> ValueSpec:

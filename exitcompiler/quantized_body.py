@@ -21,7 +21,15 @@ from torch import fx
 from exitcompiler.fx_utils import BodyBuilder, extract_body, find_attribute, result_nodes
 from exitcompiler.runtime.batch_norm_folding import fold_batch_norms
 
-__all__ = ["WEIGHT_AXIS", "BodyScales", "Scale", "fold_norms", "quantize_body", "weight_axis"]
+__all__ = [
+    "PRODUCTS",
+    "BodyScales",
+    "Scale",
+    "fold_norms",
+    "has_constant_weight",
+    "is_quantized",
+    "quantize_body",
+]
 
 _OPS: Final = torch.ops.quantized_decomposed
 _QUANTIZE: Final = _OPS.quantize_per_tensor.default
@@ -31,16 +39,13 @@ _DEQUANTIZE_CHANNELS: Final = _OPS.dequantize_per_channel.default
 _LARGEST: Final = 127
 _LARGEST_BIAS: Final = 2**31 - 1
 
-WEIGHT_AXIS: Final[Mapping[object, int]] = {
-    torch.ops.aten.conv1d.default: 0,
-    torch.ops.aten.conv2d.default: 0,
-    torch.ops.aten.conv3d.default: 0,
-    torch.ops.aten.conv1d.padding: 0,
-    torch.ops.aten.conv2d.padding: 0,
-    torch.ops.aten.conv3d.padding: 0,
-    torch.ops.aten.linear.default: 0,
-}
-"""Products whose second argument is a weight -> which of its dimensions is that of the results."""
+PRODUCTS: Final = frozenset({
+    torch.ops.aten.conv1d.default, torch.ops.aten.conv1d.padding,
+    torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding,
+    torch.ops.aten.conv3d.default, torch.ops.aten.conv3d.padding,
+    torch.ops.aten.linear.default,
+})  # fmt: skip
+"""Products whose second argument is a weight ``[channels of the result, ...]``, and whose third a bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +74,14 @@ class BodyScales:
     products: frozenset[str] = frozenset()
 
 
-def weight_axis(node: fx.Node) -> int | None:
-    """The dimension of results in a product's constant weight; None: the node is no such product."""
-    axis = WEIGHT_AXIS.get(node.target)
-    if axis is None or not isinstance(node.args[1], fx.Node) or node.args[1].op != "get_attr":
-        return None
-    return axis
+def has_constant_weight(node: fx.Node) -> bool:
+    """Whether a node is a product with a constant weight."""
+    return node.target in PRODUCTS and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
+
+
+def is_quantized(body: fx.GraphModule) -> bool:
+    """Whether anything in a body is computed on integers of 8 bits."""
+    return bool(body.graph.find_nodes(op="call_function", target=_QUANTIZE))
 
 
 def fold_norms(body: fx.GraphModule) -> fx.GraphModule:
@@ -192,18 +199,23 @@ class _Quantizer:
         arguments = (argument, how.scale, how.zero_point, 0, 255, torch.uint8)
         return self._builder.call(target, arguments, f"{node.name}_{suffix}", value)
 
+    def _tensor(self, node: fx.Node) -> torch.Tensor:
+        value: torch.Tensor = find_attribute(self._body, str(node.target))
+        return value.detach().to(torch.float64)
+
     def _parameter(self, product: fx.Node, node: fx.Node) -> fx.Node:
         """A weight or a bias as integers, and back; one that two products share is quantised for each."""
         weight_node = product.args[1]
         assert isinstance(weight_node, fx.Node)
-        weight = find_attribute(self._body, str(weight_node.target)).detach().to(torch.float64)
-        steps = _weight_steps(weight, weight_axis(product) or 0)
+        source = product.args[0]
+        assert isinstance(source, fx.Node)
+        weight = self._tensor(weight_node)
+        bias = product.args[2] if len(product.args) > 2 else None
+        source_step = self._scales.values[source.name].scale
+        steps = _weight_steps(weight, self._tensor(bias) if isinstance(bias, fx.Node) else None, source_step)
         axis, value, bits, largest = 0, weight, torch.int8, _LARGEST
         if node is not weight_node:
-            source = product.args[0]
-            assert isinstance(source, fx.Node)
-            value = find_attribute(self._body, str(node.target)).detach().to(torch.float64)
-            steps = steps * self._scales.values[source.name].scale
+            value, steps = self._tensor(node), steps * source_step
             bits, largest = torch.int32, _LARGEST_BIAS
         shaped = steps.reshape(-1, *[1] * (value.ndim - 1))
         integers = (value / shaped).round().clamp(-largest, largest).to(bits)
@@ -222,8 +234,17 @@ class _Quantizer:
         return self._builder.call(_DEQUANTIZE_CHANNELS, arguments, name, val)
 
 
-def _weight_steps(weight: torch.Tensor, axis: int) -> torch.Tensor:
-    """What one step is worth in each channel of a weight, ``float64 [channels]``; zero stays zero."""
-    largest = weight.abs().amax(dim=[i for i in range(weight.ndim) if i != axis])
-    # A channel of zeros, or nearly: any step will do, but one whose product with a scale does not underflow.
-    return (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).eps).to(torch.float32).to(torch.float64)
+def _weight_steps(weight: torch.Tensor, bias: torch.Tensor | None, source_step: float) -> torch.Tensor:
+    """What one step is worth in each channel of a weight, ``float64 [channels]``; zero stays zero.
+
+    Args:
+        weight: ``[channels, ...]``.
+        bias: ``[channels]``, which has to fit 32 bits in steps of the product, with room for what is
+            summed up.
+        source_step: What a step of the product's input is worth.
+    """
+    steps = weight.abs().amax(dim=list(range(1, weight.ndim))) / _LARGEST
+    if bias is not None:
+        steps = torch.maximum(steps, bias.abs() / (source_step * _LARGEST_BIAS / 2))
+    # A channel of zeros: any step will do, but one whose product with a scale does not underflow.
+    return steps.clamp(min=torch.finfo(torch.float32).eps).to(torch.float32).to(torch.float64)

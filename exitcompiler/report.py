@@ -29,6 +29,7 @@ from exitcompiler.runtime.explain_cascade import (
     jump_edges,
     network_facts,
     network_of_exit,
+    plain_name,
     reference_name,
 )
 from exitcompiler.runtime.explain_finetune import tunings
@@ -151,7 +152,7 @@ def _figures(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[dict[
     figures = []
     latency = report.get("latency") or {}
     speedup, program, plain = (latency.get(key) or {} for key in ("speedup", "program", "plain"))
-    reference = reference_name(report).removeprefix("the ")
+    reference = plain_name(report).removeprefix("the ")
     if speedup.get("value") is not None:
         interval = _has(speedup, "lower", "upper")
         detail = f"95% interval {speedup['lower']:.2f} to {speedup['upper']:.2f}" if interval else ""
@@ -193,7 +194,7 @@ def _estimates(point: OperatingPoint) -> list[dict[str, str]]:
 def _latency(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     latency = report.get("latency") or {}
     program = "cascade" if is_cascade(report) else "with exits"
-    reference = reference_name(report).removeprefix("the ")
+    reference = plain_name(report).removeprefix("the ")
     rows = ((program, latency.get("program")), (reference, latency.get("plain")))
     return [{"label": label, **figures} for label, figures in rows if figures]
 
@@ -206,7 +207,7 @@ def _cascade(report: Mapping[str, Any]) -> dict[str, Any]:
     jumps = jump_edges(cascade, used)
     return {
         "reference": cascade.get("reference"),
-        "alone": reference_name(report),
+        "alone": plain_name(report),
         "networks": [{**network, "why": reason_text(network)} for network in networks],
         "edges": [(start, end, jumps.get((start, end), [])) for start, end in used],
         "overlap": cascade.get("overlap") or {},

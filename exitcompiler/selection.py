@@ -20,21 +20,13 @@ from exitcompiler.profile import block_times_us, programs_times_us
 from exitcompiler.program import Program
 from exitcompiler.progress import Reporter
 from exitcompiler.scores import ScoreTable
-from exitcompiler.settings import Settings
+from exitcompiler.settings import Settings, aimed_at
 
-__all__ = ["Built", "Round", "Selection", "aimed_at", "fit_within", "select_points"]
+__all__ = ["Built", "Round", "Selection", "fit_within", "select_points"]
 
 logger = logging.getLogger(__name__)
 
 ROUNDS: Final = 3
-AIM: Final = 0.8
-"""Share of the allowed accuracy drop that is aimed at: a point on the limit itself would be over it on
-every other set of fresh rows. On 20 re-splits of CIFAR-10 a limit of 1.0 points came to 1.11 in the mean
-when it was aimed at, and to 0.79 with this share (docs/benchmarks.md)."""
-
-LEAST_MARGIN: Final = 0.002
-"""What a limit of one point is missed by, smaller ones are missed by as well: they keep the same margin."""
-
 SLACK: Final = 1.02
 """How far a re-measured mean latency may be above a budget: about what timing repeats to."""
 
@@ -250,11 +242,6 @@ def fit_within(frontier: Frontier, limit: float) -> FrontierPoint:
     if all(point.accuracy_drop > aim for point in frontier.points):
         return frontier.plain  # the margin reaches below a drop of 0, where it alone keeps the limit
     return frontier.fit(max_accuracy_drop=aim)
-
-
-def aimed_at(limit: float) -> float:
-    """The accuracy drop to aim at for a limit to hold in the mean over fresh rows."""
-    return min(AIM * limit, limit - LEAST_MARGIN)
 
 
 def _narrowed(

@@ -23,7 +23,7 @@ from exitcompiler.runtime.backends import (
 )
 from exitcompiler.scores import FloatArray
 from exitcompiler.scoring import float_logits, plain_logits
-from exitcompiler.settings import DEFAULT_DROP, Settings
+from exitcompiler.settings import Settings
 
 __all__ = ["Target", "candidate_backends", "choose_target"]
 
@@ -69,12 +69,12 @@ class Target:
         engines: Of the backend that was chosen.
         times_us: Backend -> microseconds per row of the whole network in the precision asked for.
         whole: The whole network as the backend runs it.
-        plain: What comes back where no exit pays: the whole, or the network in float32 where that is faster,
-            or where int8 does not keep the accuracy asked for.
+        plain: The engine to beat, and what comes back where no exit pays: the whole, or the network in
+            float32 where that is faster, or where int8 does not keep the accuracy asked for.
         plain_us: Its time per row.
         original: What the network answers in float32 on the rows it was tried on, ``float32[rows, classes]``;
             None: it runs in float32.
-        plain_logits: What ``plain`` answers on these; None: the same.
+        whole_logits: What ``whole`` answers on these; None: the same.
         settled: How it was quantised, if it was.
         float_us: The time per row of the network in float32, if ``whole`` is int8.
     """
@@ -85,7 +85,7 @@ class Target:
     plain: Program
     plain_us: float
     original: FloatArray | None = None
-    plain_logits: FloatArray | None = None
+    whole_logits: FloatArray | None = None
     settled: Settled | None = None
     float_us: float | None = None
 
@@ -96,7 +96,13 @@ class Target:
 
 
 def choose_target(
-    program: Program, rows: Rows, backends: Sequence[Backend], settings: Settings, reporter: Reporter
+    program: Program,
+    rows: Rows,
+    backends: Sequence[Backend],
+    settings: Settings,
+    reporter: Reporter,
+    *,
+    required: bool = True,
 ) -> Target:
     """The backend that runs the whole network fastest; in int8 also how it is quantised.
 
@@ -106,6 +112,7 @@ def choose_target(
         backends: To choose from, all of one precision.
         settings: What was asked for.
         reporter: Progress.
+        required: Whether the network is refused if int8 breaks it; else it is compared with in float32.
 
     Raises:
         CalibrationError: There are too few rows to quantise it, or its accuracy does not bear it.
@@ -124,19 +131,20 @@ def choose_target(
         return Target(
             engines, times_us, whole, whole, times_us[name], original, plain_logits(whole, engines, rows)
         )
-    limit = DEFAULT_DROP if settings.drop_limit is None else settings.drop_limit
+    limit = settings.plain_limit
     with reporter.step("trying int8"):
         settled = settle(program, engines, rows, original, limit)
-        require_accuracy(settled, limit)
+        if required and settings.drop_limit is not None:
+            require_accuracy(settled, settings.drop_limit)
     engines = settled.engines
     whole = engines.typed(program)
     (whole_us,), (float_us,) = programs_times_us(
         [whole.blocks, program.blocks], engines, rows, settings.batch_size, repeats=60
     )
     times_us = {**times_us, name: whole_us}
-    if settled.trial.drop.value <= limit and whole_us <= float_us:
-        return Target(engines, times_us, whole, whole, whole_us, original, settled.logits, settled, float_us)
-    return Target(engines, times_us, whole, program, float_us, original, None, settled, float_us)
+    keeps = settled.trial.drop.value <= limit and whole_us <= float_us
+    plain, plain_us = (whole, whole_us) if keeps else (program, float_us)
+    return Target(engines, times_us, whole, plain, plain_us, original, settled.logits, settled, float_us)
 
 
 def _fastest_plain(

@@ -64,11 +64,17 @@ def export_trtexec(artifact: Artifact, folder: Path, buckets: Sequence[int] = DE
         buckets: The numbers of rows that every engine gets a profile for, rising.
 
     Raises:
-        InputError: ``buckets`` make no sense, or a file cannot be written.
+        InputError: ``buckets`` make no sense, the program is in int8, or a file cannot be written.
         LoweringError: A value's name is none that trtexec takes.
     """
     require_buckets(buckets)
     manifest = artifact.manifest
+    if manifest.precision == "int8":
+        raise InputError(
+            "the program is in int8 as CPUs have it, which TensorRT does not take",
+            where="export",
+            remedy="compile it with precision='fp32', or for a GPU: backend='tensorrt', precision='fp16'",
+        )
     point = manifest.operating_points[manifest.selected]
     files: dict[str, bytes] = {}
     engines: list[Json] = []

@@ -10,7 +10,7 @@ from exitcompiler.controlflow import Branch, Edge, ValueSpec, successors
 from exitcompiler.errors import PassError
 from exitcompiler.passes.base import PassResult
 from exitcompiler.program import Block, ExitHead, Program
-from exitcompiler.quantized_body import BodyScales, fold_norms, quantize_body, weight_axis
+from exitcompiler.quantized_body import BodyScales, fold_norms, has_constant_weight, quantize_body
 
 __all__ = ["Quantize", "quantize", "quantize_head"]
 
@@ -93,7 +93,7 @@ def _require_known(block: Block, scales: BodyScales) -> None:
         name
         for name in sorted(scales.products)
         if name not in nodes
-        or weight_axis(nodes[name]) is None
+        or not has_constant_weight(nodes[name])
         or nodes[name].all_input_nodes[0].name not in scales.values
     ]
     if wrong:

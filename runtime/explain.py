@@ -17,6 +17,7 @@ from exitcompiler.runtime.explain_cascade import (
     is_cascade,
     kept_text,
     networks_text,
+    plain_name,
     reference_name,
 )
 from exitcompiler.runtime.explain_finetune import finetune_text
@@ -129,9 +130,10 @@ def headline(report: Mapping[str, Any], point: OperatingPoint | None = None) -> 
     """
     name = dict_at(report, "model").get("name") or "model"
     if report.get("refused"):
-        result = "no exits were added, the plain network is returned"
+        kept = plain_name(report).replace("the whole network", "the plain network")
+        result = f"no exits were added, {kept} is returned"
         if is_cascade(report):
-            result = f"no cascade was made, {reference_name(report)} is returned"
+            result = f"no cascade was made, {plain_name(report)} is returned"
         return f"{name}: {result}. {as_sentence(report['refused'])}"
     measured = measured_point(report, point)
     if point is not None and measured is not None:
@@ -139,7 +141,7 @@ def headline(report: Mapping[str, Any], point: OperatingPoint | None = None) -> 
     text = f"{name}: {kept_text(report)}"
     speedup = dict_at(dict_at(report, "latency"), "speedup")
     if speedup.get("value") is not None:
-        text += f", {speedup['value']:.2f}x as fast as {reference_name(report)}"
+        text += f", {speedup['value']:.2f}x as fast as {plain_name(report)}"
         if speedup.get("lower") is not None and speedup.get("upper") is not None:
             text += f" (95% interval {speedup['lower']:.2f} to {speedup['upper']:.2f})"
     chosen = _chosen(report)
@@ -189,8 +191,9 @@ def runs_sentence(report: Mapping[str, Any]) -> str:
     backend = latency.get("backend") or settings.get("backend")
     if backend:
         parts.append(f"on {backend}")
-    if settings.get("precision"):
-        parts.append(f"in {settings['precision']}")
+    precision = report.get("precision") or settings.get("precision")
+    if precision:
+        parts.append(f"in {precision}")
     threads = latency.get("threads") or settings.get("threads")
     if threads and backend not in DEVICE_BACKENDS:
         parts.append(f"with {count_noun(threads, 'thread')}")
@@ -242,7 +245,7 @@ def _facts(report: Mapping[str, Any], point: OperatingPoint | None) -> str:
     if program.get("mean_ms") is not None:
         text = f"mean {format_duration(program['mean_ms'])}"
         if plain.get("mean_ms") is not None:
-            text += f" against {format_duration(plain['mean_ms'])} for {reference_name(report)}"
+            text += f" against {format_duration(plain['mean_ms'])} for {plain_name(report)}"
         if program.get("p99_ms") is not None and plain.get("p99_ms") is not None:
             text += f" (p99 {format_duration(program['p99_ms'])} against {format_duration(plain['p99_ms'])})"
         if measured is not None:

@@ -29,6 +29,7 @@ __all__ = [
     "network_facts",
     "network_of_exit",
     "networks_text",
+    "plain_name",
     "reference_name",
 ]
 
@@ -51,6 +52,13 @@ def reference_name(report: Mapping[str, Any]) -> str:
         return "the whole network"
     reference = dict_at(report, "cascade").get("reference")
     return f"{reference} alone" if reference else "the last network alone"
+
+
+def plain_name(report: Mapping[str, Any]) -> str:
+    """What speed is compared with, and what comes back where nothing pays: where int8 was tried, in which."""
+    names = {"int8": "the plain network in int8", "fp32": "the plain network in float32"}
+    plain = dict_at(report, "quantization").get("plain")
+    return names.get(plain, reference_name(report)) if isinstance(plain, str) else reference_name(report)
 
 
 def inner_exits(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:

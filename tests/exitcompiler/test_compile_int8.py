@@ -21,12 +21,13 @@ from exitcompiler import delivery, float_layers
 from exitcompiler.cascades import CascadeOptions, cascade_in_detail
 from exitcompiler.compiler import Details, compile_in_detail
 from exitcompiler.data import Rows
-from exitcompiler.errors import BackendUnavailableError, CalibrationError, InputError
+from exitcompiler.errors import BackendUnavailableError, CalibrationError, InputError, LoweringError
 from exitcompiler.interpreter import interpret
 from exitcompiler.runtime.manifest import block_path
 from exitcompiler.scoring import float_logits
 from exitcompiler.settings import Settings
 from exitcompiler.training import HeadRecipe
+from exitcompiler.trtexec_export import export_trtexec
 
 for package in ("onnxruntime", "openvino"):
     pytest.importorskip(package)
@@ -250,6 +251,70 @@ def test_auto_without_a_backend_for_int8_says_so() -> None:
     compiled = exitcompiler.compile(
         trained_network(), stripes(400, seed=2), backend="torch", precision="auto", threads=1, recipe=RECIPE
     )
-    (refused,) = [row for row in compiled.artifact.report["precisions"] if "refused" in row]
-    assert "no precision 'int8'" in refused["refused"]
+    rows = {row["name"]: row for row in compiled.artifact.report["precisions"]}
+    assert "no precision 'int8'" in rows["int8"]["refused"]
+    assert not {"exits in int8", "int8, then fp32"} & rows.keys()
     assert compiled.backend.name == "torch"
+
+
+class Unsplit(torch.nn.Module):
+    """One convolution: no place where an exit could be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 8, 3)
+        self.head = torch.nn.Linear(8, 4)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        logits = self.head(torch.relu(self.conv(image)).mean(dim=(2, 3)))
+        assert isinstance(logits, torch.Tensor)
+        return logits
+
+
+def test_auto_under_a_latency_budget_delivers_what_its_table_says() -> None:
+    x, _ = stripes(400, seed=2)  # without labels: agreement with the network is the target
+    options: Any = {"backend": "onnxruntime", "threads": 1, "precision": "auto", "recipe": RECIPE}
+    compiled = exitcompiler.compile(Unsplit(), x, latency_budget_ms=1000.0, **options)
+    rows = {row["name"]: row for row in compiled.artifact.report["precisions"]}
+    (chosen,) = [name for name, row in rows.items() if row["chosen"]]
+    # All of them are fast enough, and only float32 agrees with itself entirely.
+    assert rows["fp32"]["accuracy_drop"] == 0.0
+    assert rows[chosen]["accuracy_drop"] <= 0.0
+    if chosen == "fp32":
+        assert compiled.artifact.manifest.precision == "fp32"
+        assert "in fp32" in compiled.explain()
+    with pytest.raises(InputError, match=r"nothing keeps a mean latency of 1e-06 ms, neither in float32"):
+        exitcompiler.compile(Unsplit(), x, latency_budget_ms=1e-6, **options)
+
+
+def test_under_a_latency_budget_no_accuracy_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float_layers, "plain_logits", _random(4))
+    monkeypatch.setattr(float_layers, "COUNTS", (0,))
+    compiled = exitcompiler.compile(
+        Unsplit(), stripes(400, seed=2), backend="onnxruntime", precision="int8", threads=1,
+        latency_budget_ms=1000.0, recipe=RECIPE,
+    )  # fmt: skip
+    assert compiled.artifact.report["quantization"]["plain"] == "fp32"
+    # What comes back is in float32, and is not called anything else.
+    assert compiled.artifact.manifest.precision == "fp32"
+    assert "the plain network in float32 is returned" in " ".join(compiled.explain().split())
+
+
+def test_a_reference_in_float32_need_not_bear_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float_layers, "plain_logits", _random(4))
+    monkeypatch.setattr(float_layers, "COUNTS", (0,))
+    compiled = exitcompiler.cascade(
+        [Unsplit()] * 2, stripes(400, seed=2), names=["low", "high"], precision=["int8", "fp32"],
+        backend="onnxruntime", threads=1,
+    )  # fmt: skip
+    assert compiled.artifact.report["quantization"]["plain"] == "fp32"
+
+
+def test_what_other_tools_do_not_take_is_refused_by_name(tmp_path: Path) -> None:
+    compiled = compiled_details("onnxruntime").compiled
+    with pytest.raises(InputError, match=r"in int8 as CPUs have it.*\n.*precision='fp16'"):
+        export_trtexec(compiled.artifact, tmp_path / "plans", (1,))
+    with pytest.raises(LoweringError, match="quantize_per_tensor"):
+        compiled.save(tmp_path / "with-torch.exit", torch=True)
+    assert not (tmp_path / "with-torch.exit").exists()

@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from models import ZOO, captured
 from torch import nn
 from trained import stripes, trained_network
 
@@ -27,7 +28,7 @@ from exitcompiler.passes.find_cut_points import find_cut_points
 from exitcompiler.passes.split_block import split_block
 from exitcompiler.policies import Policy
 from exitcompiler.program import Program
-from exitcompiler.quantization import FEWEST_ROWS, Quantizer
+from exitcompiler.quantization import FEWEST_ROWS, Quantizer, evenly_spaced
 from exitcompiler.runtime.backends import create_backend
 from exitcompiler.runtime.rows import gate_parameters
 from exitcompiler.scoring import float_logits, plain_logits
@@ -219,6 +220,92 @@ def test_the_most_sensitive_product_is_found() -> None:
     assert weight_of[found[0]] == "convs_2_weight"
 
 
+def test_rows_are_taken_from_all_over() -> None:
+    """Rows may come sorted by class: ranges of the first ones would be those of a few classes."""
+    images = torch.cat([torch.randn(600, 1, 16, 16), 50.0 + torch.randn(600, 1, 16, 16)])
+    sorted_rows = Rows({"image": images}, None)
+    assert len(evenly_spaced(sorted_rows, 512)) == 512
+    assert evenly_spaced(CALIBRATION, 512) is CALIBRATION
+    body = Quantizer(sorted_rows).program(network()).entry.body
+    first = next(n for n in body.graph.nodes if "quantize_per_tensor" in str(n.target))
+    _, scale, zero_point, *_ = first.args
+    assert (255 - zero_point) * scale > 45.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "bert", "densenet", "depthwise", "windows", "mlp"])
+def test_other_families_are_quantised_where_it_serves(name: str) -> None:
+    program = captured(name).program
+    rows = Rows(dict(zip(program.inputs, ZOO[name].inputs(120, 1).values(), strict=True)), None)
+    quantizer = Quantizer(rows)
+    quantized = quantizer.program(program)
+    verify(quantized)
+    exact, found = float_logits(program, rows), float_logits(quantized, rows)
+    assert np.abs(found - exact).max() < 0.1 * np.abs(exact).max()
+    for backend in BACKENDS:
+        engines = Engines(create_backend(backend, precision="int8", threads=1), Lowerer(), quantizer)
+        by_engine = plain_logits(quantized, engines, rows)
+        np.testing.assert_allclose(by_engine, found, atol=0.1 * max(1.0, np.abs(found).max()))
+    chain = quantizer.program(split_block(program, distinct_cuts(find_cut_points(program))))
+    verify(chain)
+    # Products of two activations are no integers: nothing but what goes into a weight is.
+    for node in quantized.entry.body.graph.nodes:
+        if str(node.target).startswith(("aten.matmul", "aten.bmm", "aten.scaled_dot")):
+            sources = [source.target for source in node.all_input_nodes]
+            assert torch.ops.quantized_decomposed.dequantize_per_tensor.default not in sources
+
+
+def test_linear_layers_of_a_transformer_can_be_kept_in_float() -> None:
+    program = captured("vit").program
+    quantizer = Quantizer(
+        Rows(dict(zip(program.inputs, ZOO["vit"].inputs(120, 1).values(), strict=True)), None)
+    )
+    names = {name for name, _ in quantizer.program(program).entry.body.named_buffers()}
+    linear = sorted(name for name in names if name.startswith("linear") and name.endswith("_weight_int8"))
+    product = linear[0].removesuffix("_weight_int8")
+    kept = {name for name, _ in quantizer.keeping([product]).program(program).entry.body.named_buffers()}
+    assert linear[0] not in kept
+    assert linear[1] in kept
+
+
+def test_a_network_with_nothing_to_quantise_is_refused() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = self.head(torch.tanh(x))
+            assert isinstance(logits, torch.Tensor)
+            return logits
+
+    x = torch.randn(120, 8)
+    with pytest.raises(LoweringError, match=r"besides the last, that could be quantised\n.*'fp32'"):
+        Quantizer(Rows({"x": x}, None)).program(capture(Last(), x[:4].numpy()).program)
+
+
+def test_a_channel_of_nearly_no_weight_keeps_its_bias() -> None:
+    class Offset(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+            self.head = nn.Linear(2, 3)
+            with torch.no_grad():
+                self.conv.weight[0] = 1e-12
+                self.conv.bias.copy_(torch.tensor([4000.0, 0.5]))  # type: ignore[union-attr]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = self.head(torch.relu(self.conv(x)).mean(dim=(2, 3)))
+            assert isinstance(logits, torch.Tensor)
+            return logits
+
+    x = torch.randn(120, 1, 6, 6)
+    program = capture(Offset(), x[:4].numpy()).program
+    rows = Rows({"x": x}, None)
+    found = float_logits(Quantizer(rows).program(program), rows)
+    np.testing.assert_allclose(found, float_logits(program, rows), rtol=0.02, atol=0.1)
+
+
 def test_too_few_rows_are_refused() -> None:
     with pytest.raises(CalibrationError, match=f"{FEWEST_ROWS} are needed") as caught:
         Quantizer(rows_of(FEWEST_ROWS - 1, seed=1))
@@ -230,7 +317,7 @@ def test_what_the_quantiser_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*given: object, **options: object) -> None:
         raise ValueError("no such thing")
 
-    monkeypatch.setattr("exitcompiler.calibrated_scales.quantize_static", refuse)
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", refuse)
     with pytest.raises(LoweringError, match=r"quantiser does not take the network: no such thing") as caught:
         Quantizer(CALIBRATION).program(network())
     assert "fp32" in str(caught.value)
