@@ -14,7 +14,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -70,12 +70,14 @@ class Made:
         file: Of its artifact, without the ending.
         make: Compiles it.
         backend: What for.
+        trained: It wants a network that is trained with its exits.
     """
 
     name: str
     file: str
     make: Callable[[Job], Details]
     backend: str = "onnxruntime"
+    trained: bool = False
 
 
 def cascade_of(backend: str) -> Callable[[Job], Details]:
@@ -88,6 +90,14 @@ def cascade_of(backend: str) -> Callable[[Job], Details]:
         return cascade_in_detail(models, (job.split.x, job.split.y), None, settings, options)
 
     return make
+
+
+def in_two_precisions(job: Job) -> Details:
+    """ResNet-56 in int8, then in float32 for the doubtful: no drop is allowed."""
+    settings = replace(settings_of(job, precision="int8"), max_accuracy_drop=0.0)
+    models = [load_resnet(job.weights, 56)] * 2
+    options = CascadeOptions(names=["int8", "fp32"], precisions=["int8", "fp32"])
+    return cascade_in_detail(models, (job.split.x, job.split.y), None, settings, options)
 
 
 def tuned(precision: str) -> Callable[[Job], Details]:
@@ -107,8 +117,9 @@ def tuned(precision: str) -> Callable[[Job], Details]:
 MADE: Final = (
     Made("cascade int8", "cascade-int8", cascade_of("onnxruntime")),
     Made("cascade int8, OpenVINO", "cascade-int8-openvino", cascade_of("openvino"), "openvino"),
-    Made("ResNet-56 tuned, int8", "tuned-resnet56-int8", tuned("int8")),
-    Made("ResNet-56 tuned, auto", "tuned-resnet56-auto", tuned("auto")),
+    Made("ResNet-56 in two precisions", "two-precisions", in_two_precisions),
+    Made("ResNet-56 tuned, int8", "tuned-resnet56-int8", tuned("int8"), trained=True),
+    Made("ResNet-56 tuned, auto", "tuned-resnet56-auto", tuned("auto"), trained=True),
 )
 TUNED: Final = "ResNet-56 tuned, int8"
 
@@ -118,6 +129,9 @@ def main() -> None:
     parser = parser_of(__doc__ or "", Path("out/cifar10-int8"))
     parser.add_argument("--resume", action="store_true", help="leave out stages that have been run")
     parser.add_argument("--tuned", type=Path, help="folder of the fine-tuning benchmark")
+    parser.add_argument(
+        "--without-tuned", action="store_true", help="leave out what wants a network trained with its exits"
+    )
     arguments = parser.parse_args()
     job, figures, quick = start(arguments, FULL_EFFORT, QUICK_EFFORT)
     if arguments.resume:
@@ -125,21 +139,21 @@ def main() -> None:
     kept = job.out / "finetune" / "resnet56"
     if arguments.tuned is not None and not kept.exists():
         shutil.copytree(arguments.tuned / "finetune" / "resnet56", kept)
-    run(job, figures)
+    run(job, figures, tuple(made for made in MADE if not (made.trained and arguments.without_tuned)))
     update_page((job.out if quick else DOCS) / "benchmarks.md", "int8", int8_section(figures.values))
     for target in int8_targets(figures.values):
         sys.stdout.write(f"{target.outcome:8} {target.what}: {target.measured}\n")
 
 
-def run(job: Job, figures: Figures) -> None:
+def run(job: Job, figures: Figures, wanted: Sequence[Made]) -> None:
     """All stages that have not been run yet."""
     if "environment" not in figures.values:
         with figures.stage("environment") as found:
             found |= surroundings()
-    for made in MADE:
+    for made in wanted:
         if made.name not in figures.values:
             compile_one(job, made, figures)
-    models = {m.name: exitcompiler.load(job.out / f"{m.file}.exit", threads=THREADS) for m in MADE}
+    models = {m.name: exitcompiler.load(job.out / f"{m.file}.exit", threads=THREADS) for m in wanted}
     if "table" not in figures.values:
         with figures.stage("table") as found:
             for backend in BACKENDS:
@@ -266,9 +280,9 @@ def contenders(job: Job, models: Mapping[str, CompiledModel], backend: str) -> l
     tool = static_artifacts(job)["ResNet-56 int8"]
     found.append(Contender(INT8_TOOL, "int8", f"{title} int8", open_static(tool, backend)))
     for made in MADE:
-        model = models[made.name]
-        if made.backend != backend or made.name.endswith("auto"):
+        if made.name not in models or made.backend != backend or made.name.endswith("auto"):
             continue
+        model = models[made.name]
         for point in model.operating_points:
             if point.name != model.plain.operating_point.name:
                 chosen = point.name == model.operating_point.name

@@ -272,6 +272,7 @@ class Unsplit(torch.nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_auto_under_a_latency_budget_delivers_what_its_table_says() -> None:
     x, _ = stripes(400, seed=2)  # without labels: agreement with the network is the target
     options: Any = {"backend": "onnxruntime", "threads": 1, "precision": "auto", "recipe": RECIPE}

@@ -38,6 +38,7 @@ for package in ("onnxruntime", "openvino"):
     pytest.importorskip(package)
 
 BACKENDS = ("onnxruntime", "openvino")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "densenet", "windows", "mlp")]
 
 
 def rows_of(count: int, seed: int) -> Rows:
@@ -233,7 +234,7 @@ def test_rows_are_taken_from_all_over() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit", "bert", "densenet", "depthwise", "windows", "mlp"])
+@pytest.mark.parametrize("name", ["vit", "depthwise", *SLOW])
 def test_other_families_are_quantised_where_it_serves(name: str) -> None:
     program = captured(name).program
     rows = Rows(dict(zip(program.inputs, ZOO[name].inputs(120, 1).values(), strict=True)), None)
