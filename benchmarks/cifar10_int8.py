@@ -172,7 +172,7 @@ def compile_one(job: Job, made: Made, figures: Figures) -> None:
         compiled.save(job.out / f"{made.file}.exit")
         compiled.report(job.out / f"{made.file}.html")
         whole = open_static(static_artifact(job, 56), made.backend)
-        found["against_int8"] = final_figure(job, compiled)
+        found["against_int8"] = final_figure(job, compiled, quantized(job, 56, made.backend))
         found["against_fp32"] = final_figure(job, compiled, whole)
         if made.name.endswith("auto") or compiled.artifact.report.get("refused"):
             return
