@@ -82,7 +82,7 @@ def given_to_networks(
     backend = SimpleNamespace(name="torch", precision="fp32", on_device=False)
     target = SimpleNamespace(engines=SimpleNamespace(backend=backend), settled=None)
     monkeypatch.setattr(cascades, "read_networks", lambda *given, **options: captured())
-    monkeypatch.setattr(cascades, "choose_target", lambda *given: target)
+    monkeypatch.setattr(cascades, "choose_target", lambda *given, **options: target)
     monkeypatch.setattr(cascades, "fit_exits", recorded)
     monkeypatch.setattr(cascades, "cascade_program", never_again("what comes after"))
     with pytest.raises(AssertionError, match="what comes after"):
