@@ -158,6 +158,27 @@ def run(job: Job, figures: Figures, wanted: Sequence[Made]) -> None:
         with figures.stage("table") as found:
             for backend in BACKENDS:
                 found[backend] = table(job, contenders(job, models, backend))
+    if "points" not in figures.values:
+        with figures.stage("points") as found:
+            for made in wanted:
+                if not made.name.endswith("auto"):
+                    found[made.name] = in_pairs(job, made, models[made.name])
+
+
+def in_pairs(job: Job, made: Made, model: CompiledModel) -> dict[str, Any]:
+    """Every shipped point with the plain network in int8, and in float32, two at a time.
+
+    In a table of many, points of one program share engines, which stay in the caches.
+    """
+    rivals = {
+        "against_int8": quantized(job, 56, made.backend),
+        "against_fp32": open_static(static_artifact(job, 56), made.backend),
+    }
+    names = [p.name for p in model.operating_points if p.name != model.plain.operating_point.name]
+    return {
+        name: {what: final_figure(job, model.select(name=name), other) for what, other in rivals.items()}
+        for name in names
+    }
 
 
 def compile_one(job: Job, made: Made, figures: Figures) -> None:
