@@ -143,14 +143,13 @@ class Delivery:
     def _check_points(self, compiled: CompiledModel, selection: Selection) -> float:
         """Parity of every shipped point; many rows for the chosen one, a few for the others."""
         chosen = selection.chosen
-        precision = self._precision_of(chosen.program)
-        worst = check_parity(compiled, self._in_float32(chosen), self.fresh, precision)
+        worst = check_parity(
+            compiled, self._in_float32(chosen), self.fresh, self._precision_of(chosen.program)
+        )
         for built in selection.shipped:
-            other, precision = (
-                compiled.select(name=point_name(built.point.accuracy_drop)),
-                self._precision_of(built.program),
-            )
-            worst = max(worst, check_parity(other, self._in_float32(built), self.fresh, precision, count=2))
+            other = compiled.select(name=point_name(built.point.accuracy_drop))
+            wanted, precision = self._in_float32(built), self._precision_of(built.program)
+            worst = max(worst, check_parity(other, wanted, self.fresh, precision, count=2))
         return worst
 
     def _precision_of(self, program: Program) -> str:
