@@ -22,12 +22,12 @@ from torch import fx
 from exitcompiler.data import Rows
 from exitcompiler.errors import BackendUnavailableError, LoweringError
 from exitcompiler.fx_utils import node_spec, result_nodes
-from exitcompiler.onnx_utils import GraphIndex
+from exitcompiler.onnx_utils import PRODUCTS, GraphIndex
 from exitcompiler.passes.lower_to_onnx import lower_blocks
 from exitcompiler.program import Block, Return
 from exitcompiler.quantized_body import BodyScales, Scale, has_constant_weight
 
-__all__ = ["calibrate"]
+__all__ = ["NEXT_BEST", "calibrate"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,9 @@ _QUANTIZED: Final = (
 """Operators of the quantiser's that run on integers, or only move them. Softmax and normalisation are not
 among them: what they make is too fine for 255 steps."""
 
-_PRODUCTS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+NEXT_BEST: Final = (
+    "the next best is precision='bf16' with backend='openvino' where the CPU has it, then 'fp32'"
+)
 
 
 def calibrate(block: Block, rows: Rows, *, kept_float: Collection[str] = ()) -> BodyScales:
@@ -68,7 +70,7 @@ def calibrate(block: Block, rows: Rows, *, kept_float: Collection[str] = ()) -> 
     excluded |= {
         node.name
         for node in model.graph.node
-        if node.op_type in _PRODUCTS and node.input[1] not in index.initializers
+        if node.op_type in PRODUCTS and node.input[1] not in index.initializers
     }
     readers = _Readers(rows, [value.name for value in model.graph.input])
     quantized = _quantize(model, readers, sorted(excluded))
@@ -89,7 +91,7 @@ def calibrate(block: Block, rows: Rows, *, kept_float: Collection[str] = ()) -> 
         raise LoweringError(
             "the network has no convolution or linear layer, besides the last, that could be quantised",
             where="precision 'int8'",
-            remedy="use another precision: 'fp32', or 'bf16' with backend='openvino'",
+            remedy=NEXT_BEST,
         )
     useful = _useful(block.body, values, products, index)
     logger.info("int8: %d values, %d products", len(useful), len(products))
@@ -108,7 +110,7 @@ def _useful(
 
     def between(node: fx.Node) -> bool:
         made_by = index.producers.get(node.name)
-        return made_by is not None and made_by.op_type in _QUANTIZED and made_by.op_type not in _PRODUCTS
+        return made_by is not None and made_by.op_type in _QUANTIZED and made_by.op_type not in PRODUCTS
 
     def is_convolution(node: fx.Node) -> bool:
         return node.name in products and node.target is not torch.ops.aten.linear.default
@@ -161,7 +163,7 @@ def _last_products(index: GraphIndex, outputs: Collection[str]) -> set[str]:
         if node is None or node.name in found:
             continue
         found.add(node.name)
-        if node.op_type not in _PRODUCTS:
+        if node.op_type not in PRODUCTS:
             todo.extend(node.input)
     return found
 
@@ -169,7 +171,7 @@ def _last_products(index: GraphIndex, outputs: Collection[str]) -> set[str]:
 def _has_integer_weight(name: str, index: GraphIndex, weights: Mapping[str, Any]) -> bool:
     """Whether the product that makes a value was given an integer weight."""
     node = index.producers.get(name)
-    while node is not None and node.op_type not in _PRODUCTS:  # the addition of a bias
+    while node is not None and node.op_type not in PRODUCTS:  # the addition of a bias
         node = next((index.producers[value] for value in node.input if value in index.producers), None)
     return node is not None and f"{node.input[1]}_quantized" in weights
 
@@ -218,6 +220,6 @@ def _quantize(model: onnx.ModelProto, readers: _Readers, excluded: list[str]) ->
             raise LoweringError(
                 f"ONNX Runtime's quantiser does not take the network: {error}",
                 where="precision 'int8'",
-                remedy="use precision='bf16' with backend='openvino', or 'fp32'",
+                remedy=NEXT_BEST,
             ) from error
         return onnx.load(target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import fx
 
+from exitcompiler.calibrated_scales import NEXT_BEST
 from exitcompiler.data import Rows
 from exitcompiler.engines import Engines
 from exitcompiler.errors import CalibrationError
 from exitcompiler.program import Program
-from exitcompiler.quantization import NEXT_BEST, evenly_spaced
+from exitcompiler.quantization import evenly_spaced
 from exitcompiler.quantized_body import PRODUCTS, fold_norms, has_constant_weight
 from exitcompiler.scores import BoolArray, FloatArray
 from exitcompiler.scoring import plain_logits
@@ -153,10 +154,10 @@ def rank_products(program: Program, quantized: Program, rows: Rows) -> list[str]
     inputs = evenly_spaced(rows, RANKING_ROWS).inputs
     body = fold_norms(program.entry.body)
     arguments = [inputs[name] for name in program.inputs]
-    exact = dict(_values(body, arguments))
+    exact = _values(body, arguments)
     departure = {
         name: float((value - exact[name]).square().sum() / exact[name].square().sum().clamp(min=1e-30))
-        for name, value in _values(quantized.entry.body, arguments)
+        for name, value in _values(quantized.entry.body, arguments).items()
         if name in exact and value.dtype == exact[name].dtype
     }
     on_integers = {
@@ -172,16 +173,16 @@ def rank_products(program: Program, quantized: Program, rows: Rows) -> list[str]
     return sorted(added, key=lambda name: -added[name])
 
 
-def _values(body: fx.GraphModule, arguments: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _values(body: fx.GraphModule, arguments: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every value of floating point that a body makes, by name."""
-    seen: list[tuple[str, torch.Tensor]] = []
+    seen: dict[str, torch.Tensor] = {}
 
     class _Watcher(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if n.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point():
-                seen.append((n.name, value))
+                seen[n.name] = value
             return value
 
     _Watcher(body).run(*arguments)
-    yield from seen
+    return seen

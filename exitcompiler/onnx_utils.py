@@ -16,6 +16,7 @@ from exitcompiler.errors import LoweringError
 __all__ = [
     "IR_VERSION",
     "MODEL_BYTES",
+    "PRODUCTS",
     "GraphIndex",
     "element_type",
     "keep_constants",
@@ -33,7 +34,7 @@ MODEL_BYTES: Final = (1 << 31) - (1 << 24)
 """Weights of one model have to stay below this: protobuf knows no message of 2 GiB or more."""
 
 _OPSET: Final = 20
-_PRODUCTS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+PRODUCTS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _ELEMENT_TYPES: Final = {"float32": "FLOAT", "float64": "DOUBLE"}  # others are spelled alike
 
 
@@ -209,7 +210,7 @@ def round_weights(model: onnx.ModelProto) -> None:
     values = (*graph.input, *graph.value_info, *graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     for node in model.graph.node:
-        if node.op_type in _PRODUCTS and types.get(node.input[0]) == bfloat16:
+        if node.op_type in PRODUCTS and types.get(node.input[0]) == bfloat16:
             for name in node.input[1:]:
                 if name in weights and weights[name].data_type == float32:
                     _round(weights[name])

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from torch import fx
 
-from exitcompiler.calibrated_scales import calibrate
+from exitcompiler.calibrated_scales import NEXT_BEST, calibrate
 from exitcompiler.candidates import Candidates
 from exitcompiler.controlflow import Branch, Return, ValueSpec
 from exitcompiler.data import Rows
@@ -20,16 +20,12 @@ from exitcompiler.program import Block, Program
 from exitcompiler.quantized_body import BodyScales, fold_norms
 from exitcompiler.scores import HeadKey
 
-__all__ = ["CALIBRATION_ROWS", "FEWEST_ROWS", "NEXT_BEST", "Quantizer", "evenly_spaced"]
+__all__ = ["CALIBRATION_ROWS", "FEWEST_ROWS", "Quantizer", "evenly_spaced"]
 
 CALIBRATION_ROWS: Final = 512
 """Rows that ranges are told from; more change little, since the largest of many values is what counts."""
 
 FEWEST_ROWS: Final = 100
-
-NEXT_BEST: Final = (
-    "the next best is precision='bf16' with backend='openvino' where the CPU has it, then 'fp32'"
-)
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ class _Joint:
 
 def _join(program: Program, heads: Mapping[HeadKey, fx.GraphModule]) -> _Joint:
     """Put a chain of blocks, and heads that read its values, into one body."""
-    builder = BodyBuilder(reserved=())
+    builder = BodyBuilder()
     known: dict[str, fx.Node] = {}
     names: dict[str | HeadKey, dict[str, str]] = {}
     made: dict[str | HeadKey, frozenset[str]] = {}

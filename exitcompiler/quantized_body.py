@@ -36,6 +36,8 @@ _QUANTIZE: Final = _OPS.quantize_per_tensor.default
 _DEQUANTIZE: Final = _OPS.dequantize_per_tensor.default
 _DEQUANTIZE_CHANNELS: Final = _OPS.dequantize_per_channel.default
 
+_NORM: Final = torch.ops.aten._native_batch_norm_legit_no_training.default
+
 _LARGEST: Final = 127
 _LARGEST_BIAS: Final = 2**31 - 1
 
@@ -93,7 +95,7 @@ def fold_norms(body: fx.GraphModule) -> fx.GraphModule:
     names = {
         node.args[0].args[0].name: node.name
         for node in body.graph.find_nodes(op="call_function", target=operator.getitem)
-        if node.args[0].args and isinstance(node.args[0].args[0], fx.Node)
+        if node.args[0].target is _NORM and node.args[1] == 0
     }
     params = [node.name for node in body.graph.find_nodes(op="placeholder")]
     # A copy that shares no submodule: folding takes out what it has made superfluous.

@@ -37,17 +37,15 @@ def quantize(program: Program, scales: Mapping[str, BodyScales]) -> Program:
             a scale for a value that is not there, or an integer weight for one that is not quantised.
     """
     kept = _kept_float(program)
+    changed: dict[str, Block] = {}
     for block in program.blocks:
-        given = scales.get(block.name, BodyScales())
-        _require_known(block, given)
         _require_edges(block, program, scales, kept)
-    blocks = tuple(
-        _quantize_block(block, scales[block.name], kept[block.name]) if block.name in scales else block
-        for block in program.blocks
-    )
-    if all(new is old for new, old in zip(blocks, program.blocks, strict=True)):
-        return program
-    return replace(program, blocks=blocks)
+        given = scales.get(block.name, BodyScales())
+        if given.values or given.products:
+            folded = replace(block, body=fold_norms(block.body))
+            _require_known(folded, given)
+            changed[block.name] = _quantize_block(folded, given, kept[block.name])
+    return program.with_blocks(changed) if changed else program
 
 
 def quantize_head(head: ExitHead, values: Mapping[str, ValueSpec], scales: BodyScales) -> ExitHead:
@@ -84,9 +82,7 @@ def _kept_float(program: Program) -> dict[str, set[str]]:
 
 
 def _require_known(block: Block, scales: BodyScales) -> None:
-    if not scales.values and not scales.products:
-        return
-    nodes = {node.name: node for node in fold_norms(block.body).graph.nodes}
+    nodes = {node.name: node for node in block.body.graph.nodes}
     if unknown := sorted(scales.values.keys() - nodes.keys()):
         raise PassError(f"there are no values {unknown} to quantise", where=f"block {block.name!r}")
     wrong = [
@@ -129,14 +125,12 @@ def _crossing(
 
 
 def _quantize_block(block: Block, scales: BodyScales, kept: Collection[str]) -> Block:
-    if not scales.values and not scales.products:
-        return block
     stored = [name for name in block.values if name in scales.values and name not in kept]
 
     def changed(specs: Mapping[str, ValueSpec]) -> dict[str, ValueSpec]:
         return {n: replace(spec, dtype="uint8") if n in stored else spec for n, spec in specs.items()}
 
-    body = quantize_body(fold_norms(block.body), scales, stored)
+    body = quantize_body(block.body, scales, stored)
     return replace(block, params=changed(block.params), results=changed(block.results), body=body)
 
 
