@@ -54,9 +54,10 @@ class Confidence(nn.Module):
         logits = self.head(features)
         log_p = F.log_softmax(logits, dim=1)
         p = log_p.exp()
-        best = p.topk(2, dim=1).values
+        first = p.amax(dim=1, keepdim=True)  # alone, where a gate weighs nothing else
+        second = p.topk(2, dim=1).values[:, 1:]
         entropy = (p * log_p).sum(dim=1, keepdim=True) * (-1.0 / math.log(logits.shape[1]))
-        return logits, torch.cat([best[:, :1], best[:, :1] - best[:, 1:], entropy], dim=1)
+        return logits, torch.cat([first, first - second, entropy], dim=1)
 
 
 def pool(features: Tensor) -> Tensor:

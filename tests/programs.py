@@ -51,11 +51,12 @@ numbers = st.floats(-2, 2, width=32).map(lambda value: round(value, 2))
 
 @st.composite
 def gates(draw: st.DrawFn, values: Sequence[str], actions: int, constant: bool | None = None) -> Gate:
-    """A gate over some of the values."""
+    """A gate over some of the values, some of whose features may weigh nothing."""
     if draw(st.booleans()) if constant is None else constant:
         return ConstantGate(draw(st.integers(0, actions - 1)), actions)
     reads = tuple(draw(st.lists(st.sampled_from(list(values)), min_size=1, max_size=2, unique=True)))
-    row = st.tuples(*[numbers] * (WIDTH * len(reads)))
+    weighed = draw(st.lists(st.booleans(), min_size=WIDTH * len(reads), max_size=WIDTH * len(reads)))
+    row = st.tuples(*(numbers if is_weighed else st.just(0.0) for is_weighed in weighed))
     weight = tuple(draw(row) for _ in range(actions))
     return LinearGate(reads, weight, tuple(draw(numbers) for _ in range(actions)))
 
