@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, replace
 from exitcompiler.controlflow import Branch, LinearGate, Return, ValueSpec
 from exitcompiler.cut_points import CutPoint
 from exitcompiler.naming import BACKBONE, head_exit, value_name
+from exitcompiler.passes.base import Pass
 from exitcompiler.passes.cast_precision import cast_head, cast_precision
+from exitcompiler.passes.channels_last_edges import ChannelsLastEdges
 from exitcompiler.passes.eliminate_dead_code import EliminateDeadCode
 from exitcompiler.passes.insert_exits import InsertExits
 from exitcompiler.passes.merge_blocks import MergeBlocks
+from exitcompiler.passes.narrow_gates import NarrowGates
 from exitcompiler.passes.pipeline import Observer, Pipeline
 from exitcompiler.passes.prune_constant_gates import PruneConstantGates
 from exitcompiler.passes.select_ways import SelectWays
@@ -104,26 +107,36 @@ def cast_candidates(candidates: Candidates, precision: str) -> Candidates:
     return replace(candidates, program=program, heads=heads)
 
 
-def build_program(candidates: Candidates, policy: Policy, *, observers: tuple[Observer, ...] = ()) -> Program:
+def build_program(
+    candidates: Candidates,
+    policy: Policy,
+    *,
+    channels_last: bool = False,
+    observers: tuple[Observer, ...] = (),
+) -> Program:
     """The program of a policy: ways selected, exits inserted, gates set, and what is not needed gone.
 
     Args:
         candidates: What there is to choose from.
         policy: Over the same topology.
+        channels_last: The backend's `Backend.channels_last`.
         observers: Watch every pass.
 
     Raises:
         PassError: The policy does not fit the candidates.
     """
     final = [candidates.block_of[site] for site, d in policy.kept.items() if isinstance(d, Leave)]
-    passes = (
+    passes: tuple[Pass, ...] = (
         SelectWays(_ways(candidates, policy)),
         InsertExits(_heads(candidates, policy), final),
         SetGates(_settings(candidates, policy)),
         PruneConstantGates(),
+        NarrowGates(),
         EliminateDeadCode(),
         MergeBlocks(),
     )
+    if channels_last:
+        passes = (*passes, ChannelsLastEdges(), EliminateDeadCode())
     return Pipeline(passes, observers=observers)(candidates.program).program
 
 

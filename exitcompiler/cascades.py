@@ -266,10 +266,11 @@ class _Cascade:
             if network is networks[-1]:
                 found[network.name] = engines
                 continue
-            with self.reporter.step(f"quantising {network.name}"):
+            with self.reporter.step(f"quantising {network.name}") as step:
                 trial = replace(found[network.name], quantizer=Quantizer(learn))
                 exact = float_logits(network.program, learn)
-                settled = settle(network.program, trial, learn, exact, self.settings.plain_limit)
+                limit = self.settings.plain_limit
+                settled = settle(network.program, trial, learn, exact, limit, step.advance)
             findings.quantized_network(network.name, settled)
             found[network.name] = settled.engines
         return found

@@ -160,7 +160,8 @@ class _Bench:
     def program(self, point: FrontierPoint) -> Program:
         """The program of a point."""
         observers = () if self.settings.dump is None else (dump_to(self.settings.dump),)
-        return build_program(self.candidates, point.policy, observers=observers)
+        channels_last = self.engines.backend.channels_last
+        return build_program(self.candidates, point.policy, channels_last=channels_last, observers=observers)
 
     def times_us(self, program: Program) -> list[float]:
         """The time of each of its blocks."""

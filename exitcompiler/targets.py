@@ -132,8 +132,8 @@ def choose_target(
             engines, times_us, whole, whole, times_us[name], original, plain_logits(whole, engines, rows)
         )
     limit = settings.plain_limit
-    with reporter.step("trying int8"):
-        settled = settle(program, engines, rows, original, limit)
+    with reporter.step("trying int8") as step:
+        settled = settle(program, engines, rows, original, limit, step.advance)
         if required and settings.drop_limit is not None:
             require_accuracy(settled, settings.drop_limit)
     engines = settled.engines

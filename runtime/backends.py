@@ -123,6 +123,11 @@ class Backend(Protocol):
         """Whether an engine made for one batch size is faster than one for any."""
         ...
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether feature maps in int8 should go from engine to engine as ``[batch, H, W, C]``."""
+        ...
+
     def load(self, model: bytes, signature: EngineSignature, *, static_batch: int | None = None) -> Engine:
         """Make an engine of an ONNX model.
 

@@ -65,6 +65,7 @@ class CudaBackend:
     form: Form = "torch"
     on_device = True
     specialises = False
+    channels_last = False
     buckets = powers_of_two(DEFAULT_MAX_ROWS)
 
     def __init__(self, *, precision: str = "fp32", threads: int) -> None:

@@ -103,6 +103,7 @@ class OnnxRuntimeBackend:
     form: Form = "onnx"
     on_device = False
     specialises = False  # a dynamic batch costs a session nothing
+    channels_last = True
 
     def __init__(self, *, precision: str = "fp32", threads: int) -> None:
         require_precision(_NAME, precision, ("fp32", "int8"))

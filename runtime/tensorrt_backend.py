@@ -70,6 +70,7 @@ class TensorRtBackend:
     form: Form = "onnx"
     on_device = True
     specialises = True
+    channels_last = False
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class TorchBackend:
     form: Form = "torch"
     on_device = False
     specialises = False
+    channels_last = False
 
     def __init__(self, *, precision: str = "fp32", threads: int) -> None:
         require_precision(_NAME, precision, ("fp32",))

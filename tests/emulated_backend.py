@@ -75,6 +75,7 @@ class EmulatedBackend:
     form: Form = "torch"
     on_device = True
     specialises = False
+    channels_last = False
     buckets = powers_of_two(MOST_ROWS)
 
     def __init__(self, emulator: Emulator, *, precision: str = "fp32", threads: int = 1) -> None:

@@ -18,6 +18,7 @@ from exitcompiler.passes.base import Pass, PassResult
 from exitcompiler.passes.eliminate_dead_code import EliminateDeadCode, eliminate_dead_code
 from exitcompiler.passes.insert_exits import InsertExits, insert_exits
 from exitcompiler.passes.merge_blocks import MergeBlocks, merge_blocks
+from exitcompiler.passes.narrow_gates import NarrowGates
 from exitcompiler.passes.pipeline import Pipeline, dump_to
 from exitcompiler.passes.prune_constant_gates import PruneConstantGates, prune_constant_gates
 from exitcompiler.passes.select_ways import SelectWays, select_ways
@@ -26,7 +27,7 @@ from exitcompiler.printer import print_program
 from exitcompiler.program import ExitHead, Program
 from exitcompiler.verify import verify
 
-CLEAN_UP = Pipeline((PruneConstantGates(), EliminateDeadCode(), MergeBlocks()), fixpoint=True)
+CLEAN_UP = Pipeline((PruneConstantGates(), NarrowGates(), EliminateDeadCode(), MergeBlocks()), fixpoint=True)
 
 
 def assert_same_answers(before: Program, after: Program, *, same_exits: bool = True) -> None:
@@ -38,7 +39,9 @@ def assert_same_answers(before: Program, after: Program, *, same_exits: bool = T
         assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("step", [PruneConstantGates(), EliminateDeadCode(), MergeBlocks(), CLEAN_UP])
+@pytest.mark.parametrize(
+    "step", [PruneConstantGates(), NarrowGates(), EliminateDeadCode(), MergeBlocks(), CLEAN_UP]
+)
 @given(program=programs())
 def test_every_pass_keeps_answers_and_exits_and_is_idempotent(step: Pass, program: Program) -> None:
     result = step(program)
