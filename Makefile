@@ -7,7 +7,7 @@
 #   make bench      the CIFAR-10 benchmark: make bench DATA=folder WEIGHTS=folder
 #   make bench-cascade  that of cascades, likewise
 #   make bench-finetune  that of fine-tuned exits, likewise: an hour and a quarter on two cores, most of it training
-#   make bench-int8  that of int8, likewise: twenty minutes, and as many more to train where nothing is trained yet
+#   make bench-int8  that of int8, likewise: an hour and a half, and more to train where nothing is trained yet
 #   make zoo        which networks of torchvision, timm and transformers compile (docs/zoo.md): two hours
 #   make bench-budgets  how often `exitcompiler check` is right: two hours on an idle machine
 #   make gpu-check  on a machine with a GPU: tests and figures, nothing is installed (docs/gpu.md)

@@ -29,13 +29,16 @@ def settings_of(job: Job, backend: str = "onnxruntime", precision: str = "fp32")
     )
 
 
-def compile_resnet56(job: Job, *, with_training_images: bool) -> tuple[Details, dict[str, Any]]:
-    """Compile for ONNX Runtime fp32, one thread, batch 1.
+def compile_resnet56(
+    job: Job, *, with_training_images: bool, precision: str = "fp32"
+) -> tuple[Details, dict[str, Any]]:
+    """Compile for ONNX Runtime, one thread, batch 1.
 
     Args:
         job: Development rows calibrate.
         with_training_images: Fit heads on augmented training images; else on a share of the
             calibration rows.
+        precision: What the program computes in.
 
     Returns:
         What the compiler made, and figures: seconds in all and by step, what was kept or refused.
@@ -43,16 +46,21 @@ def compile_resnet56(job: Job, *, with_training_images: bool) -> tuple[Details, 
     model = load_resnet(job.weights, 56)
     images = _training_images(job) if with_training_images else None
     started = time.monotonic()
-    details = compile_in_detail(model, (job.split.x, job.split.y), images, settings_of(job))
+    settings = settings_of(job, precision=precision)
+    details = compile_in_detail(model, (job.split.x, job.split.y), images, settings)
     return details, compiled_figures(details, time.monotonic() - started)
 
 
-def compile_cascade(job: Job, *, early_exits: bool) -> tuple[Details, dict[str, Any]]:
-    """Compile a cascade of the ResNets for ONNX Runtime fp32, one thread, batch 1, every forward edge.
+def compile_cascade(
+    job: Job, *, early_exits: bool, backend: str = "onnxruntime", precision: str = "fp32"
+) -> tuple[Details, dict[str, Any]]:
+    """Compile a cascade of the ResNets, one thread, batch 1, every forward edge.
 
     Args:
         job: Development rows calibrate.
         early_exits: With exits inside the networks, on augmented training images.
+        backend: What for.
+        precision: What the program computes in.
 
     Returns:
         As ``compile_resnet56``.
@@ -61,7 +69,7 @@ def compile_cascade(job: Job, *, early_exits: bool) -> tuple[Details, dict[str, 
     models = [load_resnet(job.weights, depth) for depth in depths]
     options = CascadeOptions(names=[f"resnet{depth}" for depth in depths], early_exits=early_exits)
     settings = replace(
-        settings_of(job),
+        settings_of(job, backend, precision),
         max_accuracy_drop=job.effort.cascade_drop,
         max_exits=1,  # as ``exitcompiler.cascade`` has it
     )

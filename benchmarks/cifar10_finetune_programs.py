@@ -26,7 +26,7 @@ from exitcompiler.finetuning.options import FineTune
 from exitcompiler.gates import RECIPES as GATE_RECIPES
 from exitcompiler.runtime.compiled import CompiledModel
 
-__all__ = ["MADE", "Made", "make", "models_of", "statics_of", "tuned_name"]
+__all__ = ["FROZEN_IMAGES", "MADE", "Made", "make", "models_of", "statics_of", "tuned_name"]
 
 DEPTHS: Final = (20, 32, 44, 56)
 FROZEN_IMAGES: Final = 30_000

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,9 +25,10 @@ import torch
 from cascade_use import resplit_program
 from cifar import AugmentedImages, load_resnet
 from cifar10_checks import surroundings
-from cifar10_compile import compiled_figures, settings_of
+from cifar10_compile import compile_cascade, compile_resnet56, compiled_figures, settings_of
 from cifar10_contenders import PLAIN, Contender, open_static, static_artifact, static_artifacts
 from cifar10_finetune import RECIPE
+from cifar10_finetune_programs import FROZEN_IMAGES
 from cifar10_format import update_page
 from cifar10_int8_text import INT8_TOOL, int8_section, int8_targets
 from cifar10_latency import against_ideal, final_figure, table
@@ -55,7 +57,10 @@ logger = logging.getLogger("cifar10")
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 DEPTHS: Final = (56, 44, 32, 20)
 PAIR: Final = (20, 56)
+FAMILY: Final = (20, 32, 44, 56)
 BACKENDS: Final = ("onnxruntime", "openvino")
+MEASUREMENTS: Final = ("table", "points")
+"""Stages that time what was compiled."""
 
 FULL_EFFORT: Final = replace(FULL, train_images=50_000, networks=PAIR)
 QUICK_EFFORT: Final = replace(QUICK, networks=PAIR, max_drop=0.3, cascade_drop=0.05)
@@ -70,24 +75,26 @@ class Made:
         file: Of its artifact, without the ending.
         make: Compiles it.
         backend: What for.
-        trained: It wants a network that is trained with its exits.
+        precision: That was asked for. In float32 it is only put beside the same in int8.
+        parts: It is left out with any of them.
     """
 
     name: str
     file: str
     make: Callable[[Job], Details]
     backend: str = "onnxruntime"
-    trained: bool = False
+    precision: str = "int8"
+    parts: tuple[str, ...] = ()
 
 
-def cascade_of(backend: str) -> Callable[[Job], Details]:
-    """ResNet-20 and ResNet-56 as they were given, both in int8."""
+def cascade_of(
+    depths: Sequence[int], precision: str, backend: str = "onnxruntime"
+) -> Callable[[Job], Details]:
+    """Networks as they were given, all in one precision."""
 
     def make(job: Job) -> Details:
-        settings = replace(settings_of(job, backend, "int8"), max_accuracy_drop=job.effort.cascade_drop)
-        models = [load_resnet(job.weights, depth) for depth in PAIR]
-        options = CascadeOptions(names=[f"resnet{depth}" for depth in PAIR])
-        return cascade_in_detail(models, (job.split.x, job.split.y), None, settings, options)
+        chosen = replace(job, effort=replace(job.effort, networks=tuple(depths)))
+        return compile_cascade(chosen, early_exits=False, backend=backend, precision=precision)[0]
 
     return make
 
@@ -98,6 +105,17 @@ def in_two_precisions(job: Job) -> Details:
     models = [load_resnet(job.weights, 56)] * 2
     options = CascadeOptions(names=["int8", "fp32"], precisions=["int8", "fp32"])
     return cascade_in_detail(models, (job.split.x, job.split.y), None, settings, options)
+
+
+def frozen(precision: str) -> Callable[[Job], Details]:
+    """ResNet-56 as it was given, with exits, as the first benchmark compiles it."""
+
+    def make(job: Job) -> Details:
+        images, labels = job.split.train_pixels, job.split.train_labels
+        few = replace(job.split, train_pixels=images[:FROZEN_IMAGES], train_labels=labels[:FROZEN_IMAGES])
+        return compile_resnet56(replace(job, split=few), with_training_images=True, precision=precision)[0]
+
+    return make
 
 
 def tuned(precision: str) -> Callable[[Job], Details]:
@@ -114,14 +132,28 @@ def tuned(precision: str) -> Callable[[Job], Details]:
     return make
 
 
-MADE: Final = (
-    Made("cascade int8", "cascade-int8", cascade_of("onnxruntime")),
-    Made("cascade int8, OpenVINO", "cascade-int8-openvino", cascade_of("openvino"), "openvino"),
-    Made("ResNet-56 in two precisions", "two-precisions", in_two_precisions),
-    Made("ResNet-56 tuned, int8", "tuned-resnet56-int8", tuned("int8"), trained=True),
-    Made("ResNet-56 tuned, auto", "tuned-resnet56-auto", tuned("auto"), trained=True),
-)
 TUNED: Final = "ResNet-56 tuned, int8"
+MADE: Final = (
+    Made("cascade, int8", "cascade-int8", cascade_of(PAIR, "int8")),
+    Made(TUNED, "tuned-resnet56-int8", tuned("int8"), parts=("tuned",)),
+    Made(
+        "cascade on OpenVINO, int8", "cascade-int8-openvino", cascade_of(PAIR, "int8", "openvino"), "openvino"
+    ),
+    Made("ResNet-56 in two precisions", "two-precisions", in_two_precisions),
+    Made("ResNet-56 tuned, auto", "tuned-resnet56-auto", tuned("auto"), precision="auto", parts=("tuned",)),
+    Made("cascade of four, int8", "cascade-of-four-int8", cascade_of(FAMILY, "int8"), parts=("four",)),
+    Made("ResNet-56 frozen, int8", "frozen-resnet56-int8", frozen("int8"), parts=("frozen",)),
+    *(
+        Made(f"{name}, fp32", f"{file}-fp32", make("fp32"), precision="fp32", parts=("fp32", *parts))
+        for name, file, make, parts in (
+            ("cascade", "cascade", partial(cascade_of, PAIR), ()),
+            ("ResNet-56 tuned", "tuned-resnet56", tuned, ("tuned",)),
+            ("cascade of four", "cascade-of-four", partial(cascade_of, FAMILY), ("four",)),
+            ("ResNet-56 frozen", "frozen-resnet56", frozen, ("frozen",)),
+        )
+    ),
+)
+PARTS: Final = tuple(dict.fromkeys(part for made in MADE for part in made.parts))
 
 
 def main() -> None:
@@ -130,7 +162,11 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="leave out stages that have been run")
     parser.add_argument("--tuned", type=Path, help="folder of the fine-tuning benchmark")
     parser.add_argument(
-        "--without-tuned", action="store_true", help="leave out what wants a network trained with its exits"
+        "--without",
+        nargs="*",
+        choices=PARTS,
+        default=[],
+        help="what is left out; `tuned` wants a trained network",
     )
     arguments = parser.parse_args()
     job, figures, quick = start(arguments, FULL_EFFORT, QUICK_EFFORT)
@@ -139,7 +175,7 @@ def main() -> None:
     kept = job.out / "finetune" / "resnet56"
     if arguments.tuned is not None and not kept.exists():
         shutil.copytree(arguments.tuned / "finetune" / "resnet56", kept)
-    run(job, figures, tuple(made for made in MADE if not (made.trained and arguments.without_tuned)))
+    run(job, figures, tuple(made for made in MADE if not set(made.parts) & set(arguments.without)))
     update_page((job.out if quick else DOCS) / "benchmarks.md", "int8", int8_section(figures.values))
     for target in int8_targets(figures.values):
         sys.stdout.write(f"{target.outcome:8} {target.what}: {target.measured}\n")
@@ -153,16 +189,18 @@ def run(job: Job, figures: Figures, wanted: Sequence[Made]) -> None:
     for made in wanted:
         if made.name not in figures.values:
             compile_one(job, made, figures)
-    models = {m.name: exitcompiler.load(job.out / f"{m.file}.exit", threads=THREADS) for m in wanted}
+            for stage in MEASUREMENTS if made.precision == "int8" else ():  # were of other programs
+                figures.values.pop(stage, None)
+    judged = [made for made in wanted if made.precision == "int8"]
+    models = {m.name: exitcompiler.load(job.out / f"{m.file}.exit", threads=THREADS) for m in judged}
     if "table" not in figures.values:
         with figures.stage("table") as found:
             for backend in BACKENDS:
                 found[backend] = table(job, contenders(job, models, backend))
     if "points" not in figures.values:
         with figures.stage("points") as found:
-            for made in wanted:
-                if not made.name.endswith("auto"):
-                    found[made.name] = in_pairs(job, made, models[made.name])
+            for made in judged:
+                found[made.name] = in_pairs(job, made, models[made.name])
 
 
 def in_pairs(job: Job, made: Made, model: CompiledModel) -> dict[str, Any]:
@@ -193,9 +231,11 @@ def compile_one(job: Job, made: Made, figures: Figures) -> None:
         compiled.save(job.out / f"{made.file}.exit")
         compiled.report(job.out / f"{made.file}.html")
         whole = open_static(static_artifact(job, 56), made.backend)
-        found["against_int8"] = final_figure(job, compiled, quantized(job, 56, made.backend))
         found["against_fp32"] = final_figure(job, compiled, whole)
-        if made.name.endswith("auto") or compiled.artifact.report.get("refused"):
+        if made.precision == "fp32":
+            return
+        found["against_int8"] = final_figure(job, compiled, quantized(job, 56, made.backend))
+        if made.precision == "auto" or compiled.artifact.report.get("refused"):
             return
         found["ideal"] = against_ideal(job, details, compiled, 1)
         table_of_all = scores(job, details)
@@ -301,7 +341,7 @@ def contenders(job: Job, models: Mapping[str, CompiledModel], backend: str) -> l
     tool = static_artifacts(job)["ResNet-56 int8"]
     found.append(Contender(INT8_TOOL, "int8", f"{title} int8", open_static(tool, backend)))
     for made in MADE:
-        if made.name not in models or made.backend != backend or made.name.endswith("auto"):
+        if made.name not in models or made.backend != backend:
             continue
         model = models[made.name]
         for point in model.operating_points:
