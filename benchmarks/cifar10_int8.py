@@ -189,8 +189,9 @@ def run(job: Job, figures: Figures, wanted: Sequence[Made]) -> None:
     for made in wanted:
         if made.name not in figures.values:
             compile_one(job, made, figures)
-            for stage in MEASUREMENTS if made.precision == "int8" else ():  # were of other programs
-                figures.values.pop(stage, None)
+            if made.precision == "int8":
+                for stage in MEASUREMENTS:  # were of other programs
+                    figures.values.pop(stage, None)
     judged = [made for made in wanted if made.precision == "int8"]
     models = {m.name: exitcompiler.load(job.out / f"{m.file}.exit", threads=THREADS) for m in judged}
     if "table" not in figures.values:

@@ -22,6 +22,7 @@ from exitcompiler.fx_utils import BodyBuilder, extract_body, find_attribute, res
 from exitcompiler.runtime.batch_norm_folding import fold_batch_norms
 
 __all__ = [
+    "DEQUANTIZE",
     "PRODUCTS",
     "BodyScales",
     "Scale",
@@ -33,7 +34,7 @@ __all__ = [
 
 _OPS: Final = torch.ops.quantized_decomposed
 _QUANTIZE: Final = _OPS.quantize_per_tensor.default
-_DEQUANTIZE: Final = _OPS.dequantize_per_tensor.default
+DEQUANTIZE: Final = _OPS.dequantize_per_tensor.default
 _DEQUANTIZE_CHANNELS: Final = _OPS.dequantize_per_channel.default
 
 _NORM: Final = torch.ops.aten._native_batch_norm_legit_no_training.default
@@ -184,7 +185,7 @@ class _Quantizer:
         if node.name not in self._scales.values:
             return self._copies[node]
         if node not in self._read:
-            self._read[node] = self._call(_DEQUANTIZE, self._integer(node), node, "dequantized")
+            self._read[node] = self._call(DEQUANTIZE, self._integer(node), node, "dequantized")
         return self._read[node]
 
     def _integer(self, node: fx.Node) -> fx.Node:

@@ -22,13 +22,13 @@ def narrow_gates(program: Program) -> Program:
 
     A threshold on the max probability weighs one of a head's three confidences. Where a block joins them
     for its own gate alone, the gate reads the parts that it needs instead, and what the others were
-    computed from is left for eliminate-dead-code: in an early exit on a CPU, that is time that counts. ::
+    computed from is left for eliminate-dead-code. ::
 
         c = cat([p1, margin, entropy], 1)                       c_0 = p1
         branch [c] . [[9, 0, 0], [0, 0, 0]] + [-8, 0]:    =>    branch [c_0] . [[9], [0]] + [-8, 0]:
 
-    Scores stay what they were, since a feature times zero adds nothing. A value of which nothing is weighed
-    goes as a whole; one that comes from another block, or goes on to one, stays whole.
+    Scores of finite features stay what they were, since a feature times zero adds nothing. A value of which
+    nothing is weighed goes as a whole; one that comes from another block, or goes on to one, stays whole.
     """
     changed: dict[str, Block] = {}
     for block in program.blocks:
@@ -57,12 +57,12 @@ class _Read:
 def _narrow(block: Block, branch: Branch, gate: LinearGate) -> Block:
     weighed = [any(column) for column in zip(*gate.weight, strict=True)]
     kept = [read for read in _reads(block, gate, weighed) if any(weighed[i] for i in read.columns)]
-    if not kept or [read.name for read in kept] == list(gate.reads):
+    columns = [i for read in kept for i in read.columns]
+    if not kept or len(columns) == len(weighed) or len({read.name for read in kept}) < len(kept):
         return block  # one that weighs nothing is constant, which is for prune-constant-gates
     taken = {*nodes_by_name(block.body), *block.params}
     parts = {read.name: read for read in kept if read.name not in block.values}
     names = {name: _free_name(read, taken) for name, read in parts.items()}
-    columns = [i for read in kept for i in read.columns]
     narrow = LinearGate(
         tuple(names.get(read.name, read.name) for read in kept),
         tuple(tuple(row[i] for i in columns) for row in gate.weight),

@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from trained import stripes, trained_network
+from trained import stripes, trained_family, trained_network
 
 import exitcompiler
 from exitcompiler import delivery, float_layers
@@ -91,6 +91,42 @@ def test_all_blocks_and_the_plain_engine_compute_on_integers(backend: str) -> No
     assert details.candidates is not None
     for block in details.candidates.program.blocks[1:]:
         assert {spec.dtype for spec in block.params.values()} == {"uint8"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_feature_maps_cross_blocks_as_the_backend_has_them(backend: str) -> None:
+    details = compiled_details(backend)
+    assert details.selection is not None
+    names = [
+        name
+        for built in (details.selection.chosen, *details.selection.shipped)
+        for block in built.program.blocks[1:]
+        for name in block.params
+    ]
+    assert {name.endswith("_last") for name in names} == {backend == "onnxruntime"}
+
+
+def test_a_cascade_takes_images_in_integers() -> None:
+    def scaled(image: torch.Tensor) -> torch.Tensor:
+        return (image.float() - 128.0) / 32.0
+
+    def images(rows: tuple[Any, Any]) -> tuple[Any, Any]:
+        return np.clip(rows[0] * 32.0 + 128.0, 0, 255).astype(np.uint8), rows[1]
+
+    small, _, large = trained_family()
+    with mock.patch.object(delivery, "WORTHWHILE", 0.0):
+        compiled = exitcompiler.cascade(
+            [small, large], images(CALIBRATION), transforms=[scaled, scaled],
+            backend="onnxruntime", threads=1, max_accuracy_drop=0.03,
+        )  # fmt: skip
+    x, y = images(stripes(200, seed=4))
+    for point in compiled.operating_points:
+        assert (compiled.select(name=point.name)(x).argmax(axis=1) == y).mean() > 0.7
+        for block in point.control_flow.blocks:
+            assert (
+                block.params.get("image", compiled.manifest.inputs["image"])
+                == compiled.manifest.inputs["image"]
+            )
 
 
 def test_accuracy_drops_count_from_float32() -> None:
