@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from cascade_use import resplit_program
 from cifar import AugmentedImages, load_resnet
-from cifar10_compile import compile_cascade, compile_resnet56, compiled_figures, settings_of
+from cifar10_compile import compile_cascade, compile_frozen, compiled_figures, settings_of
 from cifar10_contenders import logits_in_batches, open_static, static_artifact, without_exits
 from cifar10_finetune_clock import TimedBatches, TrainingClock
 from cifar10_frontiers import score_all
@@ -26,12 +26,9 @@ from exitcompiler.finetuning.options import FineTune
 from exitcompiler.gates import RECIPES as GATE_RECIPES
 from exitcompiler.runtime.compiled import CompiledModel
 
-__all__ = ["FROZEN_IMAGES", "MADE", "Made", "make", "models_of", "statics_of", "tuned_name"]
+__all__ = ["MADE", "Made", "make", "models_of", "statics_of", "tuned_name"]
 
 DEPTHS: Final = (20, 32, 44, 56)
-FROZEN_IMAGES: Final = 30_000
-"""What the first benchmark fits heads on."""
-
 MAX_EXITS: Final = 3
 """The same in cascades, so that their members are the networks that were tuned alone."""
 
@@ -115,13 +112,7 @@ def _compiled(job: Job, made: Made, recipes: Mapping[int, FineTune]) -> tuple[De
         pair = replace(job, effort=replace(job.effort, networks=made.depths))
         if len(made.depths) > 1:
             return compile_cascade(pair, early_exits=False)
-        split = job.split
-        few = replace(
-            split,
-            train_pixels=split.train_pixels[:FROZEN_IMAGES],
-            train_labels=split.train_labels[:FROZEN_IMAGES],
-        )
-        return compile_resnet56(replace(job, split=few), with_training_images=True)
+        return compile_frozen(job)
     with _clocks(job, made) as (clocks, images):
         tunings = [
             replace(recipes[depth], train_data=images[depth], checkpoint=_folder(job, depth))

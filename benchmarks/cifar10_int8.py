@@ -25,10 +25,9 @@ import torch
 from cascade_use import resplit_program
 from cifar import AugmentedImages, load_resnet
 from cifar10_checks import surroundings
-from cifar10_compile import compile_cascade, compile_resnet56, compiled_figures, settings_of
+from cifar10_compile import compile_cascade, compile_frozen, compiled_figures, settings_of
 from cifar10_contenders import PLAIN, Contender, open_static, static_artifact, static_artifacts
 from cifar10_finetune import RECIPE
-from cifar10_finetune_programs import FROZEN_IMAGES
 from cifar10_format import update_page
 from cifar10_int8_text import INT8_TOOL, int8_section, int8_targets
 from cifar10_latency import against_ideal, final_figure, table
@@ -111,9 +110,7 @@ def frozen(precision: str) -> Callable[[Job], Details]:
     """ResNet-56 as it was given, with exits, as the first benchmark compiles it."""
 
     def make(job: Job) -> Details:
-        images, labels = job.split.train_pixels, job.split.train_labels
-        few = replace(job.split, train_pixels=images[:FROZEN_IMAGES], train_labels=labels[:FROZEN_IMAGES])
-        return compile_resnet56(replace(job, split=few), with_training_images=True, precision=precision)[0]
+        return compile_frozen(job, precision)[0]
 
     return make
 

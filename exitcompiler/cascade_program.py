@@ -31,7 +31,15 @@ from exitcompiler.controlflow import (
 )
 from exitcompiler.errors import InputError
 from exitcompiler.fx_utils import BodyBuilder, extract_body, nodes_by_name, result_nodes
-from exitcompiler.naming import OWN, agreement_with, head_exit, identifier, together_with, value_name
+from exitcompiler.naming import (
+    OWN,
+    agreement_with,
+    free_name,
+    head_exit,
+    identifier,
+    together_with,
+    value_name,
+)
 from exitcompiler.networks import Network
 from exitcompiler.program import Block, ExitHead, Program
 from exitcompiler.scores import HeadKey
@@ -138,7 +146,7 @@ class _Naming:
         for member in members:
             name, (*inner, last) = member.network.name, member.program.blocks
             for block in inner:
-                self._blocks[name, block.name] = _unique(f"{identifier(name)}_{block.name}", taken_blocks)
+                self._blocks[name, block.name] = free_name(f"{identifier(name)}_{block.name}", taken_blocks)
             self._blocks[name, last.name] = name
             for site, block_name in zip(_sites(member), (*member.block_of.values(), last.name), strict=True):
                 self.block_of[site] = self._blocks[name, block_name]
@@ -146,7 +154,7 @@ class _Naming:
             for block in member.program.blocks:
                 for value in nodes_by_name(block.body):
                     if value not in values:
-                        values[value] = _unique(f"{identifier(name)}_{value}", taken)
+                        values[value] = free_name(f"{identifier(name)}_{value}", taken)
             self._values[name] = values
 
     def block(self, member: Member, block: str) -> str:
@@ -160,15 +168,6 @@ class _Naming:
 
 def _own_logits(member: Member) -> str:
     return value_name(member.network.name, OWN, "logits")
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    unique, count = name, 1
-    while unique in taken:
-        count += 1
-        unique = f"{name}_{count}"
-    taken.add(unique)
-    return unique
 
 
 def _blocks(member: Member, onward: Sequence[Edge], naming: _Naming) -> list[Block]:

@@ -12,6 +12,7 @@ __all__ = [
     "LINEAR",
     "OWN",
     "agreement_with",
+    "free_name",
     "head_exit",
     "identifier",
     "together_with",
@@ -42,6 +43,16 @@ def identifier(name: str) -> str:
     """A module path as an identifier: ``layer1.8`` -> ``layer1_8``."""
     text = re.sub(r"\W", "_", name)
     return f"_{text}" if not text or text[0].isdigit() else text
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """The name, or ``name_2``, ``name_3`` ... where it is taken; it is taken from now on."""
+    unique, count = name, 1
+    while unique in taken:
+        count += 1
+        unique = f"{name}_{count}"
+    taken.add(unique)
+    return unique
 
 
 def head_exit(exit_name: str, kind: str) -> str:

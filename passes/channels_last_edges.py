@@ -19,6 +19,7 @@ from exitcompiler.controlflow import (
     taken_along,
 )
 from exitcompiler.fx_utils import BodyBuilder, is_symbolic_size, nodes_by_name
+from exitcompiler.naming import free_name
 from exitcompiler.passes.base import PassResult
 from exitcompiler.program import Block, Program
 from exitcompiler.quantized_body import DEQUANTIZE
@@ -110,7 +111,7 @@ def _refused(program: Program, laid: Mapping[str, frozenset[str]]) -> set[tuple[
 def _lay_out(block: Block, program: Program, laid: Mapping[str, frozenset[str]]) -> Block:
     taken = {*nodes_by_name(block.body), *block.params}
     # Param, or result, channels first -> what it is called channels last.
-    arriving = {name: _free_name(f"{name}_last", taken) for name in block.params if name in laid[block.name]}
+    arriving = {name: free_name(f"{name}_last", taken) for name in block.params if name in laid[block.name]}
     handed: dict[str, str] = {}
 
     def change(way: Successor) -> Successor:
@@ -119,7 +120,7 @@ def _lay_out(block: Block, program: Program, laid: Mapping[str, frozenset[str]])
         values = []
         for value, param in zip(way.values, program.block(way.target).params, strict=True):
             if param in laid[way.target] and value not in arriving and value not in handed:
-                handed[value] = _free_name(f"{value}_last", taken)
+                handed[value] = free_name(f"{value}_last", taken)
             values.append((arriving | handed).get(value, value) if param in laid[way.target] else value)
         return Edge(way.target, tuple(values))
 
@@ -159,13 +160,6 @@ def _permute(builder: BodyBuilder, node: fx.Node, order: tuple[int, ...], name: 
 
 def _to_last(spec: ValueSpec) -> ValueSpec:
     return ValueSpec(tuple(spec.shape[axis] for axis in _TO_LAST), spec.dtype)
-
-
-def _free_name(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
 
 
 @dataclass(frozen=True)

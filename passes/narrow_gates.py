@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from exitcompiler.controlflow import Branch, LinearGate, ValueSpec, successors, taken_along
+from exitcompiler.controlflow import BATCH, Branch, LinearGate, ValueSpec, successors, taken_along
 from exitcompiler.fx_utils import extract_body, node_spec, nodes_by_name
+from exitcompiler.naming import free_name
 from exitcompiler.passes.base import PassResult
 from exitcompiler.program import Block, Program
 
@@ -62,7 +63,7 @@ def _narrow(block: Block, branch: Branch, gate: LinearGate) -> Block:
         return block  # one that weighs nothing is constant, which is for prune-constant-gates
     taken = {*nodes_by_name(block.body), *block.params}
     parts = {read.name: read for read in kept if read.name not in block.values}
-    names = {name: _free_name(read, taken) for name, read in parts.items()}
+    names = {name: free_name(read.called, taken) for name, read in parts.items()}
     narrow = LinearGate(
         tuple(names.get(read.name, read.name) for read in kept),
         tuple(tuple(row[i] for i in columns) for row in gate.weight),
@@ -110,15 +111,7 @@ def _parts(node: fx.Node, columns: range) -> list[_Read]:
 
 
 def _features(width: int) -> ValueSpec:
-    return ValueSpec(("batch", width), "float32")
-
-
-def _free_name(read: _Read, taken: set[str]) -> str:
-    name = read.called
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
+    return ValueSpec((BATCH, width), "float32")
 
 
 @dataclass(frozen=True)

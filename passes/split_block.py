@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from exitcompiler.cut_points import CutPoint
 from exitcompiler.errors import PassError
 from exitcompiler.fx_utils import extract_body, node_spec, nodes_by_name, required_inputs
+from exitcompiler.naming import free_name
 from exitcompiler.program import Block, Edge, Jump, Program, Return, ValueSpec
 
 __all__ = ["block_name", "split_block"]
@@ -45,7 +46,8 @@ def split_block(program: Program, cuts: Sequence[CutPoint]) -> Program:
     nodes = nodes_by_name(whole.body)
     ordered = _in_order(cuts, list(nodes))
     params = _chain_params(whole, ordered)
-    names = _unique_names([block_name(cut.name) for cut in ordered] + [block_name(end.exit)])
+    taken: set[str] = set()
+    names = [free_name(block_name(place), taken) for place in (*(cut.name for cut in ordered), end.exit)]
     blocks = []
     for i, name in enumerate(names):
         last = i == len(ordered)
@@ -97,14 +99,3 @@ def _spec(whole: Block, value: str) -> ValueSpec:
     if spec is None or spec.batch_axis != 0:
         raise PassError(f"{value!r} does not have rows along dim 0: it cannot cross", where="split-block")
     return spec
-
-
-def _unique_names(names: Sequence[str]) -> list[str]:
-    unique: list[str] = []
-    for name in names:
-        candidate, count = name, 1
-        while candidate in unique:
-            count += 1
-            candidate = f"{name}_{count}"
-        unique.append(candidate)
-    return unique

@@ -67,7 +67,7 @@ class OpenVinoBackend:
     form: Form = "onnx"
     on_device = False
     specialises = True
-    channels_last = False  # it lays out what it is given as it likes, at little cost
+    channels_last = False  # that makes its blocks slower (docs/design.md)
 
     def __init__(self, *, precision: str = "fp32", threads: int) -> None:
         require_precision(_NAME, precision, tuple(_HINTS))

@@ -67,7 +67,7 @@ def trained_family() -> tuple[SmallResNet, ...]:
     return _trained(4, 1, rate=2e-2), _trained(8, 2, rate=1e-2), trained_network()
 
 
-@torch.enable_grad()  # type: ignore[untyped-decorator]
+@torch.enable_grad()
 def _trained(width: int, blocks: int, rate: float) -> SmallResNet:
     torch.manual_seed(0)
     model = SmallResNet(width, blocks)

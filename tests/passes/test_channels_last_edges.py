@@ -185,7 +185,7 @@ def test_names_that_are_taken_are_left_alone() -> None:
         answer("rest", "k"),
     )
     changed = channels_last_edges(program)
-    assert changed.entry.results == {"h": MAP, "h_last": MAP, "h_last_": LAST}
+    assert changed.entry.results == {"h": MAP, "h_last": MAP, "h_last_2": LAST}
     assert_same_answers(program, changed)
 
 
